@@ -1,0 +1,1 @@
+"""The hpccr command: one module per verb, imported only when its verb is called. Imported by nobody."""

@@ -1,0 +1,60 @@
+"""The embedded node service: hpccrd as a child of `hpccr run`, on a machine that has none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpccr.config import Config
+from hpccr.errors import HpccrError
+
+READY_TIMEOUT = 30.0
+EMBEDDED_KEY = "/var/lib/hpccr/key"
+"""Key of a machine without a site key; made at first use."""
+
+
+@contextlib.contextmanager
+def node_service(config: Config) -> Iterator[str]:
+    """Run hpccrd until the block ends; the path of its socket. Needs root. Raises HpccrError with its last words."""
+    run = Path(tempfile.mkdtemp(prefix="hpccr-", dir="/run"))
+    spool = Path(config.node.spool) / run.name
+    key = config.node.key if os.path.exists(config.node.key) else EMBEDDED_KEY
+    log = run / "hpccrd.log"
+    socket = run / "hpccrd.sock"
+    command = [sys.executable, "-m", "hpccr.noded.daemon", "--embedded", "--exit-with-parent"]
+    command += ["--socket", str(socket), "--run", str(run), "--spool", str(spool), "--key", key]
+    try:
+        with log.open("wb") as output:
+            # Its own session: a ^C is the job's to handle, not the service's.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            _wait_ready(process, socket, log)
+            yield str(socket)
+        finally:
+            process.terminate()
+            try:
+                process.wait(READY_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(spool, ignore_errors=True)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT
+    while not socket.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = log.read_text(errors="replace").strip().splitlines()[-3:]
+            raise HpccrError("the node service did not start: " + "; ".join(last), hint="`hpccr doctor` checks why")
+        time.sleep(0.02)

@@ -1,0 +1,70 @@
+"""`hpccr requeue JOB`: checkpoint a running job, then put it back into the queue; nothing of its work is lost."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from hpccr.cli.checkpoint import add_timeout_argument, as_json, describe, request
+from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_step
+from hpccr.cli.output import print_json
+from hpccr.config import Config
+from hpccr.errors import HpccrError, UsageError
+from hpccr.slurm.query import JobInfo, JobQuery, job_query
+from hpccr.wire import messages as m
+
+POLL = 1.0
+PENDING_TIMEOUT = 180.0
+"""Seconds for Slurm to end a requeued job: KillWait and the nodes' epilogs, then some."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "requeue",
+        help="checkpoint a running job and put it back into the queue",
+        description="Checkpoint a running job without a deadline, end it and put it back into Slurm's queue under the "
+        "same job id. When it starts again, on whichever nodes, it goes on from that checkpoint. If the checkpoint "
+        "fails, the job goes on and is not requeued.",
+    )
+    add_job_arguments(parser)
+    parser.add_argument(
+        "--now", action="store_true", help="make it eligible at once: Slurm holds a requeued job back for a while"
+    )
+    add_timeout_argument(parser)
+    add_json_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """0 when the job is checkpointed and back in the queue. Raises HpccrError."""
+    step = find_step(args, config)
+    if args.now and step.key.cluster == "local":
+        raise UsageError("--now is for Slurm's queue, and this job is not in one")
+    reply = request(step, m.CheckpointRequest(requeue=True, wait=True, reason="requeue"), args)
+    if args.now:
+        start_now(job_query(), step.key.job)
+    if args.json:
+        print_json(as_json(step, reply) | {"requeued": True})
+    else:
+        print(describe(step, reply) + "; the job is requeued")
+    return 0
+
+
+def start_now(query: JobQuery, job: str) -> None:
+    """Make a job eligible at once that is being requeued. Raises HpccrError if Slurm has not ended it in time."""
+    deadline = time.monotonic() + PENDING_TIMEOUT
+    while not _queued(info := query.job(job)):
+        if time.monotonic() > deadline:
+            raise HpccrError(
+                f"job {job} is requeued but still {'+'.join(sorted(info.states))}",
+                hint=f"once it is pending: scontrol update jobid={job} StartTime=now",
+            )
+        # Slurm has no event to wait for.
+        time.sleep(POLL)
+    if "PENDING" in info.states:
+        query.start_now(job)
+
+
+def _queued(info: JobInfo) -> bool:
+    return "COMPLETING" not in info.states

@@ -1,0 +1,200 @@
+"""`hpccr run CMD...`: run a command, MPI or not, on all nodes of the job so that it can be checkpointed."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from hpccr.agent.service import node_name
+from hpccr.cli.embedded import node_service
+from hpccr.config import Config
+from hpccr.coordinator.mpienv import capsule_environment, inside
+from hpccr.coordinator.run import Coordinator
+from hpccr.coordinator.schedule import parse_interval
+from hpccr.coordinator.script import keep_script
+from hpccr.coordinator.service import Command
+from hpccr.coordinator.site import Site, SlurmSite
+from hpccr.errors import UnsupportedError, UsageError
+from hpccr.model import StepKey
+from hpccr.slurm.commands import CommandQuery
+from hpccr.slurm.env import Allocation
+from hpccr.store.layout import FINISHED, Step, Store
+from hpccr.store.publish import make_directory
+from hpccr.store.steps import claim_step
+
+log = logging.getLogger(__name__)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run",
+        help="run a command so that it can be checkpointed",
+        description="Run a command, e.g. `hpccr run mpirun ./app`, in capsules on all nodes of the Slurm job (or on "
+        "this machine, as root and without Slurm). In a requeued job it goes on from the newest complete checkpoint.",
+    )
+    parser.add_argument("--dir", metavar="DIR", help="store for checkpoints, on shared storage (default: store.dir)")
+    parser.add_argument(
+        "--interval", metavar="TIME", help='time between checkpoints: 30m, 2h, HH:MM:SS, minutes, "auto" or "none"'
+    )
+    parser.add_argument("--keep", type=int, metavar="N", help="complete checkpoints to keep (default: store.keep)")
+    parser.add_argument(
+        "--batch", action="store_true", help="the command is the whole batch script: SIGUSR1 asks for a checkpoint"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start from the beginning even if there is a checkpoint")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD ...", help="the command and its arguments")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """Run the command; its exit code. Raises HpccrError."""
+    argv = tuple(args.command[1:] if args.command[:1] == ["--"] else args.command)
+    if not argv:
+        raise UsageError("no command", hint="hpccr run mpirun ./app")
+    if inside(os.environ):
+        # The whole batch script is in a capsule already: the command is part of the job as it is.
+        os.execvp(argv[0], argv)  # noqa: S606 - what the user asked to run
+    config = _with_options(config, args)
+    store = Store.at(args.dir or config.store.dir)
+    allocation = Allocation.from_environ(os.environ)
+    if allocation is None:
+        key = StepKey("local", f"{time.strftime('%Y%m%d')}_{secrets.token_hex(3)}", "0")
+        step = store.step(key)
+        make_directory(step.path)
+        if os.isatty(2):
+            print(
+                f"hpccr: this is {key.job_directory}; checkpoint it with: hpccr checkpoint {key.job}", file=sys.stderr
+            )
+        return start(config, step, argv, allocation=None, resume=False, batch=args.batch, verbose=args.verbose)
+    step = claim_step(store, allocation.cluster, allocation.job, allocation.restarts)
+    record = step.record()
+    if record is not None and record.state == FINISHED and record.exit_code is not None and not args.fresh:
+        log.info("step %s has finished before the requeue: it is not run again", step.key)
+        return record.exit_code
+    resume = record is not None and not args.fresh
+    if args.batch:
+        argv = (keep_script(step, argv[0], resume=resume), *argv[1:])
+    return start(
+        config,
+        step,
+        argv,
+        allocation=allocation,
+        resume=resume,
+        batch=args.batch,
+        verbose=args.verbose,
+    )
+
+
+def _with_options(config: Config, args: argparse.Namespace) -> Config:
+    if args.interval is not None:
+        config = structs.replace(config, checkpoint=structs.replace(config.checkpoint, interval=args.interval))
+    if args.keep is not None:
+        if args.keep < 1:
+            raise UsageError("--keep needs at least 1")
+        config = structs.replace(config, store=structs.replace(config.store, keep=args.keep))
+    parse_interval(config.checkpoint.interval)  # a mistake is told before anything is started
+    return config
+
+
+def start(
+    config: Config,
+    step: Step,
+    argv: tuple[str, ...],
+    *,
+    allocation: Allocation | None,
+    resume: bool,
+    sequence: int | None = None,
+    batch: bool = False,
+    verbose: int = 0,
+) -> int:
+    """Run or restore a step to its end; the exit code of its command. Raises HpccrError."""
+    _check_store(step)
+    _log_to(step.path / "hpccr.log", logging.DEBUG if verbose else logging.INFO)
+    here = node_name()
+    site = SlurmSite(allocation, CommandQuery(), here) if allocation else Site((here,))
+    record = step.record()
+    with ExitStack() as stack:
+        socket_path = _node_socket(config, stack, in_slurm=allocation is not None)
+        coordinator = Coordinator(
+            config=config,
+            step=step,
+            site=site,
+            socket_path=socket_path,
+            agent_command=_agent_command(step),
+            incarnation=record.incarnation if record else -1,
+            resume=resume,
+            sequence=sequence,
+            batch=batch,
+        )
+        return asyncio.run(coordinator.run(_command(argv, config, allocation, here), len(site.nodes)))
+
+
+def _node_socket(config: Config, stack: ExitStack, *, in_slurm: bool) -> str:
+    if os.path.exists(config.node.socket):
+        return config.node.socket
+    if in_slurm:
+        raise UnsupportedError(
+            f"no hpccrd on {node_name()}: {config.node.socket} is not there",
+            hint="the administrator starts it with `systemctl start hpccrd`; `hpccr doctor` checks every node",
+        )
+    if os.geteuid() != 0:
+        raise UnsupportedError(
+            "without Slurm and hpccrd, `hpccr run` must be root: it makes namespaces and drives CRIU itself",
+            hint="run it with sudo, or have hpccrd started on this machine",
+        )
+    return stack.enter_context(node_service(config))
+
+
+def _agent_command(step: Step) -> Callable[[dict[str, int]], list[str]]:
+    def command(counts: dict[str, int]) -> list[str]:
+        several = [f"--count={node}={count}" for node, count in counts.items() if count > 1]
+        return [sys.executable, "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
+
+    return command
+
+
+def _command(
+    argv: tuple[str, ...], config: Config, allocation: Allocation | None, here: str
+) -> Callable[[str], Command]:
+    def command(secret: str) -> Command:
+        tasks = allocation.tasks if allocation else (os.cpu_count() or 1,)
+        environment, warnings = capsule_environment(
+            os.environ,
+            capsules=len(allocation.nodes) if allocation else 1,
+            tasks_per_capsule=tasks,
+            subnet=config.network.subnet,
+            secret=secret,
+        )
+        for warning in warnings:
+            log.warning("%s", warning)
+        return Command(argv, environment, str(Path.cwd()))
+
+    return command
+
+
+def _log_to(path: Path, level: int) -> None:
+    """Send the package's log to a file: a job's stderr belongs to the job."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("hpccr")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def _check_store(step: Step) -> None:
+    """Raises UsageError if the step's directory is not the caller's alone: images are memory, and so are secrets."""
+    found = step.path.stat()
+    if found.st_uid != os.geteuid():
+        raise UsageError(f"{step.path} belongs to another user", hint="name a directory of your own with --dir")
+    if found.st_mode & 0o077:
+        raise UsageError(f"others may enter {step.path}", hint=f"chmod 700 {step.path}")

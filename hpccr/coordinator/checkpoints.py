@@ -1,0 +1,137 @@
+"""The checkpoints of a step, whoever asks for them, and what comes after each: durability, clean-up, a requeue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from hpccr.coordinator import plan
+from hpccr.coordinator.report import progress
+from hpccr.coordinator.schedule import Costs
+from hpccr.coordinator.service import Boot, Snapshot
+from hpccr.coordinator.site import Site
+from hpccr.errors import HpccrError, LockedError
+from hpccr.store.gc import collect
+from hpccr.store.layout import Step
+from hpccr.wire import messages as m
+
+log = logging.getLogger(__name__)
+
+Post = Callable[[m.Message], None]
+
+
+def nobody(message: m.Message) -> None:
+    """For checkpoints whose progress nobody waits for."""
+
+
+class Checkpoints:
+    """Makes checkpoints of whatever Boot it is given. left: called once when the job is requeued and its tasks are
+    dead; warn: tells the user."""
+
+    def __init__(
+        self, *, step: Step, site: Site, keep: int, left: Callable[[], None], warn: Callable[[str], None]
+    ) -> None:
+        self._step = step
+        self._site = site
+        self._keep = keep
+        self._left = left
+        self._warn = warn
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.costs = Costs()
+        self.leaving = False
+        """A final checkpoint is being made, or has been: the job's tasks will not run on here."""
+
+    async def answer(self, boot: Boot, request: m.CheckpointRequest, post: Post) -> m.CheckpointReply:
+        """What a client asked for. Raises HpccrError."""
+        reason = request.reason or "command"
+        if request.requeue:
+            return await self.leave(boot, reason, post)
+        return await self._made(boot, kill=False, wait=request.wait, reason=reason, post=post)
+
+    async def leave(self, boot: Boot, reason: str, post: Post = nobody) -> m.CheckpointReply:
+        """The last checkpoint of this run of the job, then a requeue. Raises HpccrError; the job then goes on."""
+        if self.leaving:
+            raise LockedError("the job is being requeued already")
+        await asyncio.to_thread(self._site.check_requeue)
+        self.leaving = True
+        try:
+            reply = await self._made(boot, kill=True, wait=True, reason=reason, post=post)
+            await asyncio.to_thread(self._site.requeue)
+        except BaseException:
+            self.leaving = False
+            raise
+        self._left()
+        return reply
+
+    async def final(self, boot: Boot, reason: str) -> None:
+        """The last checkpoint of a job that Slurm is requeueing. Raises HpccrError; the job then goes on."""
+        self.leaving = True
+        try:
+            await self._made(boot, kill=True, wait=True, reason=reason, post=nobody)
+        except BaseException:
+            self.leaving = False
+            raise
+        self._left()
+
+    async def make(self, boot: Boot, reason: str, *, wait: bool) -> Snapshot:
+        """A checkpoint that the job runs on after; not yet durable. wait: for the one before to be durable, else
+        LockedError. Raises HpccrError."""
+        return await self._checkpoint(boot, kill=False, reason=reason, wait=wait)
+
+    async def _made(self, boot: Boot, *, kill: bool, wait: bool, reason: str, post: Post) -> m.CheckpointReply:
+        """Make a checkpoint and, if asked, see it into the store, telling `post` of the progress."""
+        snapshot = await _watched(self._checkpoint(boot, kill=kill, reason=reason), boot, post)
+        if wait:
+            await _watched(boot.durable(snapshot.manifest.sequence), boot, post)
+        return m.CheckpointReply(
+            snapshot.manifest.sequence,
+            snapshot.manifest.freeze_seconds,
+            snapshot.total_seconds,
+            snapshot.bytes,
+            wait,
+        )
+
+    async def _checkpoint(self, boot: Boot, *, kill: bool, reason: str, wait: bool = True) -> Snapshot:
+        asked = time.monotonic()
+        snapshot = await boot.checkpoint(kill=kill, reason=reason, wait=wait)
+        self.costs = self.costs.with_freeze(snapshot.manifest.freeze_seconds)
+        task = asyncio.create_task(self._after(boot, snapshot, asked, kill=kill))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return snapshot
+
+    async def _after(self, boot: Boot, snapshot: Snapshot, asked: float, *, kill: bool) -> None:
+        """When the checkpoint is durable: drop the oldest. If it never will be and the tasks are dead: start again."""
+        try:
+            await boot.durable(snapshot.manifest.sequence)
+        except HpccrError as error:
+            if kill and not boot.outcome.done():
+                failure = m.Failed(error.code, f"the final checkpoint was lost: {error.message}", error.hint)
+                boot.outcome.set_result(plan.StepLost(failure))
+            return
+        self.costs = self.costs.with_whole(time.monotonic() - asked)
+        try:
+            await asyncio.to_thread(self._site.show, _shown(snapshot))
+        except HpccrError as error:
+            log.warning("cannot show the checkpoint in the job's comment: %s", error.message)
+        try:
+            await asyncio.to_thread(collect, self._step, keep=self._keep)
+        except (OSError, HpccrError) as error:
+            self._warn(f"cannot remove old checkpoints: {error}")
+
+
+async def _watched[T](work: Coroutine[Any, Any, T], boot: Boot, post: Post) -> T:
+    """The result of `work`; every half second until then its progress goes to `post`."""
+    task = asyncio.ensure_future(work)
+    while not (await asyncio.wait((task,), timeout=0.5))[0]:
+        post(progress(boot))
+    return task.result()
+
+
+def _shown(snapshot: Snapshot) -> str:
+    manifest = snapshot.manifest
+    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(manifest.created))
+    return f"checkpoint {manifest.sequence} of {when}, {snapshot.bytes / (1 << 20):.0f} MiB"

@@ -1,0 +1,410 @@
+"""The protocols of a step as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
+
+Boot: create, connect, then start, or restore, resume, unhold. Checkpoint: prepare, freeze, dump, release, flush.
+Each phase sends one request to every capsule and ends when every capsule has answered; the barrier between two
+phases is what makes a checkpoint all or nothing. No capsule is released before every capsule is dumped: a message
+sent by a released capsule to one not yet dumped would be received twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass
+
+from hpccr.errors import ExitCode
+from hpccr.wire import messages as m
+
+
+class Phase(enum.StrEnum):
+    CREATING = "creating"
+    CONNECTING = "connecting"
+    STARTING = "starting"
+    RESTORING = "restoring"
+    RESUMING = "resuming"
+    UNHOLDING = "unholding"
+    RUNNING = "running"
+    PREPARING = "preparing"
+    FREEZING = "freezing"
+    DUMPING = "dumping"
+    RELEASING = "releasing"
+    ABORTING = "aborting"
+    KILLED = "killed"
+    """Released with kill=True: nothing runs any more, flushes may."""
+    ENDED = "ended"
+    """The step is over: finished, failed to boot, or lost."""
+
+
+BOOT = (Phase.CREATING, Phase.CONNECTING, Phase.STARTING, Phase.RESTORING, Phase.RESUMING, Phase.UNHOLDING)
+CHECKPOINT = (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING, Phase.RELEASING, Phase.ABORTING)
+ABORTABLE = (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING)
+
+_EXPECTED: dict[Phase, type[m.Message]] = {
+    Phase.CREATING: m.Created,
+    Phase.CONNECTING: m.Connected,
+    Phase.STARTING: m.Started,
+    Phase.RESTORING: m.Restored,
+    Phase.RESUMING: m.Resumed,
+    Phase.UNHOLDING: m.Unheld,
+    Phase.PREPARING: m.Prepared,
+    Phase.FREEZING: m.Frozen,
+    Phase.DUMPING: m.Dumped,
+    Phase.RELEASING: m.Released,
+    Phase.ABORTING: m.Aborted,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a boot restores."""
+
+    sequence: int
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The checkpoint being made."""
+
+    sequence: int
+    checkpoint: str
+    kill: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """One boot of a step and all its checkpoints. Replies are kept by capsule for the phase that collects them."""
+
+    capsules: int
+    source: Source | None = None
+    phase: Phase = Phase.CREATING
+    waiting: frozenset[int] = frozenset()
+    replies: tuple[tuple[int, m.Message], ...] = ()
+    created: tuple[m.Created, ...] = ()
+    """In capsule order, once all capsules exist."""
+    restored: tuple[m.Restored, ...] = ()
+    """In capsule order, once all capsules are restored."""
+    dumped: tuple[m.Dumped, ...] = ()
+    """Of the newest checkpoint, in capsule order."""
+    attempt: Attempt | None = None
+    failure: m.Failed | None = None
+    """Why the attempt is being aborted."""
+    flushing: frozenset[tuple[int, int]] = frozenset()
+    """(sequence, capsule) of each flush under way. More than one sequence only when the final checkpoint overtook."""
+    flush_sequence: int = 0
+    """Of the newest checkpoint that was released."""
+
+
+# --- events -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Boot:
+    """All agents have joined."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A capsule's answer or event."""
+
+    capsule: int
+    message: m.Message
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The agent of a capsule, or its hpccrd, is gone."""
+
+    capsule: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time for a phase is over. Ignored unless `phase` is still the current one."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Make a checkpoint. Allowed while RUNNING and, unless it is the final one, no flush is under way."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Give the checkpoint under way up, if it still can be."""
+
+    reason: str
+
+
+Event = Boot | Reply | Lost | Deadline | Ask | Cancel
+
+
+# --- actions ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """Send the request that belongs to `phase` to every capsule in `capsules`; then the phase's deadline runs."""
+
+    phase: Phase
+    capsules: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Running:
+    """The job runs (again) and the network is open. restored: in capsule order, after a restore."""
+
+    restored: tuple[m.Restored, ...] = ()
+
+
+@dataclass(frozen=True)
+class AllFrozen:
+    """Every task of the job stands still: record how far its streams have got."""
+
+    replies: tuple[tuple[int, m.Message], ...]
+
+
+@dataclass(frozen=True)
+class CheckpointReleased:
+    """The checkpoint is in the spools of all nodes and the job goes on (or is killed): publish the manifest, then
+    flush every capsule."""
+
+    attempt: Attempt
+    replies: tuple[tuple[int, m.Message], ...]
+
+
+@dataclass(frozen=True)
+class CheckpointFailed:
+    """The checkpoint was given up; the job runs as before."""
+
+    attempt: Attempt
+    failure: m.Failed
+
+
+@dataclass(frozen=True)
+class Durable:
+    """All fragments of a checkpoint are in the store."""
+
+    sequence: int
+
+
+@dataclass(frozen=True)
+class NotDurable:
+    """A capsule's flush failed: the checkpoint stays incomplete."""
+
+    sequence: int
+    failure: m.Failed
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job's command ended with this exit code."""
+
+    code: int
+
+
+@dataclass(frozen=True)
+class BootFailed:
+    """The job could not be started or restored; nothing of it runs once all capsules are destroyed."""
+
+    phase: Phase
+    """Where it failed: from RESTORING on another checkpoint may do better."""
+    failure: m.Failed
+
+
+@dataclass(frozen=True)
+class StepLost:
+    """A part of the running job is gone, so the rest is of no use."""
+
+    failure: m.Failed
+
+
+Action = (
+    Request
+    | Running
+    | AllFrozen
+    | CheckpointReleased
+    | CheckpointFailed
+    | Durable
+    | NotDurable
+    | Finished
+    | BootFailed
+    | StepLost
+)
+
+
+def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
+    """The next state and what to do. Events that no longer matter change nothing."""
+    if state.phase is Phase.ENDED:
+        return state, ()
+    match event:
+        case Boot():
+            return _enter(state, Phase.CREATING)
+        case Ask(attempt):
+            if state.phase is not Phase.RUNNING or (state.flushing and not attempt.kill):
+                raise ValueError(f"a checkpoint cannot begin while {state.phase}, flushing {sorted(state.flushing)}")
+            return _enter(dataclasses.replace(state, attempt=attempt, failure=None), Phase.PREPARING)
+        case Cancel(reason):
+            return _abort(state, m.Failed(ExitCode.FAILED, reason)) if state.phase in ABORTABLE else (state, ())
+        case Deadline(phase):
+            return _late(state) if phase is state.phase else (state, ())
+        case Lost(capsule, reason):
+            return _lost(state, capsule, reason)
+        case Reply(capsule, message):
+            return _reply(state, capsule, message)
+
+
+def _enter(state: State, phase: Phase) -> tuple[State, tuple[Action, ...]]:
+    everyone = range(state.capsules)
+    state = dataclasses.replace(state, phase=phase, waiting=frozenset(everyone), replies=())
+    return state, (Request(phase, tuple(everyone)),)
+
+
+def _reply(state: State, capsule: int, message: m.Message) -> tuple[State, tuple[Action, ...]]:
+    match message:
+        case m.Exited(code):
+            return _exited(state, capsule, code)
+        case m.Flushing():
+            return state, ()
+        case m.Flushed(sequence):
+            return _flushed(state, capsule, sequence, None)
+        case m.FlushFailed(sequence, text, hint):
+            return _flushed(state, capsule, sequence, m.Failed(ExitCode.FAILED, text, hint, _node(state, capsule)))
+        case m.FlushStarted():
+            return state, ()
+        case m.Failed():
+            return _failed(state, capsule, message)
+    expected = _EXPECTED.get(state.phase)
+    if expected is None or not isinstance(message, expected) or capsule not in state.waiting:
+        # While aborting, capsules may still answer the request that was aborted; any other surprise is a broken peer.
+        if state.phase is Phase.ABORTING:
+            return state, ()
+        return _lost(state, capsule, f"unexpected {type(message).__name__} while {state.phase}")
+    state = dataclasses.replace(state, waiting=state.waiting - {capsule}, replies=(*state.replies, (capsule, message)))
+    return _advance(state) if not state.waiting else (state, ())
+
+
+def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
+    """Every capsule has answered the phase's request."""
+    replies = tuple(sorted(state.replies, key=lambda item: item[0]))
+    match state.phase:
+        case Phase.CREATING:
+            created = tuple(reply for _, reply in replies if isinstance(reply, m.Created))
+            return _enter(dataclasses.replace(state, created=created), Phase.CONNECTING)
+        case Phase.CONNECTING:
+            return _enter(state, Phase.RESTORING if state.source else Phase.STARTING)
+        case Phase.STARTING:
+            return dataclasses.replace(state, phase=Phase.RUNNING, replies=()), (Running(),)
+        case Phase.RESTORING:
+            restored = tuple(reply for _, reply in replies if isinstance(reply, m.Restored))
+            return _enter(dataclasses.replace(state, restored=restored), Phase.RESUMING)
+        case Phase.RESUMING:
+            return _enter(state, Phase.UNHOLDING)
+        case Phase.UNHOLDING:
+            return dataclasses.replace(state, phase=Phase.RUNNING, replies=()), (Running(state.restored),)
+        case Phase.PREPARING:
+            return _enter(state, Phase.FREEZING)
+        case Phase.FREEZING:
+            state, actions = _enter(state, Phase.DUMPING)
+            return state, (AllFrozen(replies), *actions)
+        case Phase.DUMPING:
+            dumped = tuple(reply for _, reply in replies if isinstance(reply, m.Dumped))
+            return _enter(dataclasses.replace(state, dumped=dumped), Phase.RELEASING)
+        case Phase.RELEASING:
+            assert state.attempt is not None  # noqa: S101 - set by Ask, cleared only here and in ABORTING
+            attempt = state.attempt
+            state = dataclasses.replace(
+                state,
+                phase=Phase.KILLED if attempt.kill else Phase.RUNNING,
+                attempt=None,
+                replies=(),
+                flushing=state.flushing | {(attempt.sequence, k) for k in range(state.capsules)},
+                flush_sequence=attempt.sequence,
+            )
+            return state, (CheckpointReleased(attempt, replies),)
+        case Phase.ABORTING:
+            assert state.attempt is not None and state.failure is not None  # noqa: S101 - set by _abort
+            action = CheckpointFailed(state.attempt, state.failure)
+            state = dataclasses.replace(state, phase=Phase.RUNNING, attempt=None, failure=None, replies=())
+            return state, (action,)
+    raise AssertionError(f"nothing to advance from {state.phase}")
+
+
+def _failed(state: State, capsule: int, failure: m.Failed) -> tuple[State, tuple[Action, ...]]:
+    if not failure.node:
+        failure = m.Failed(failure.code, failure.message, failure.hint, _node(state, capsule))
+    if state.phase in BOOT:
+        return _end(state, BootFailed(state.phase, failure))
+    if state.phase in ABORTABLE:
+        return _abort(state, failure)
+    if (state.flush_sequence, capsule) in state.flushing and state.phase in (Phase.RUNNING, Phase.KILLED):
+        return _flushed(state, capsule, state.flush_sequence, failure)  # its flush could not even begin
+    if state.phase is Phase.ABORTING:
+        return state, ()  # the answer to the request that the abort overtook
+    return _end(state, StepLost(failure))
+
+
+def _abort(state: State, failure: m.Failed) -> tuple[State, tuple[Action, ...]]:
+    return _enter(dataclasses.replace(state, failure=failure), Phase.ABORTING)
+
+
+def _late(state: State) -> tuple[State, tuple[Action, ...]]:
+    names = ", ".join(f"hpccr-{k} on {_node(state, k) or 'its node'}" for k in sorted(state.waiting))
+    failure = m.Failed(
+        ExitCode.PEER_LOST,
+        f"{names}: no answer in time while {state.phase}",
+        "is the node hung or overloaded? The limits are checkpoint.*_timeout in hpccr.toml",
+    )
+    if state.phase in BOOT:
+        return _end(state, BootFailed(state.phase, failure))
+    if state.phase in ABORTABLE:
+        return _abort(state, failure)
+    return _end(state, StepLost(failure))
+
+
+def _lost(state: State, capsule: int, reason: str) -> tuple[State, tuple[Action, ...]]:
+    node = _node(state, capsule)
+    failure = m.Failed(ExitCode.PEER_LOST, f"hpccr-{capsule} was lost: {reason}", "", node)
+    if state.phase in BOOT:
+        return _end(state, BootFailed(state.phase, failure))
+    if state.phase is Phase.KILLED:
+        # Nothing runs there any more and its flush goes on without the agent; we only cannot hear when it is done.
+        return _flushed(state, capsule, state.flush_sequence, failure)
+    return _end(state, StepLost(failure))
+
+
+def _exited(state: State, capsule: int, code: int) -> tuple[State, tuple[Action, ...]]:
+    if state.phase is Phase.KILLED:
+        return state, ()
+    if capsule == 0 and state.phase not in BOOT:
+        return _end(state, Finished(code))
+    if capsule == 0 and state.phase in (Phase.STARTING, Phase.RESUMING, Phase.UNHOLDING):
+        # A short command ends before the last capsule has answered.
+        return _end(state, Finished(code))
+    failure = m.Failed(
+        ExitCode.PEER_LOST, f"the launch root of hpccr-{capsule} ended with code {code}", "", _node(state, capsule)
+    )
+    return _end(state, BootFailed(state.phase, failure) if state.phase in BOOT else StepLost(failure))
+
+
+def _flushed(state: State, capsule: int, sequence: int, failure: m.Failed | None) -> tuple[State, tuple[Action, ...]]:
+    if (sequence, capsule) not in state.flushing:
+        return state, ()
+    if failure is not None:
+        others = frozenset(item for item in state.flushing if item[0] != sequence)
+        return dataclasses.replace(state, flushing=others), (NotDurable(sequence, failure),)
+    state = dataclasses.replace(state, flushing=state.flushing - {(sequence, capsule)})
+    unfinished = any(item[0] == sequence for item in state.flushing)
+    return state, () if unfinished else (Durable(sequence),)
+
+
+def _end(state: State, action: Action) -> tuple[State, tuple[Action, ...]]:
+    return dataclasses.replace(state, phase=Phase.ENDED, waiting=frozenset()), (action,)
+
+
+def _node(state: State, capsule: int) -> str:
+    return state.created[capsule].node if capsule < len(state.created) else ""

@@ -1,0 +1,455 @@
+"""One `hpccr run`: boots the job, from a checkpoint if there is one, until its command has ended.
+
+When a part of the job is lost, what is left is taken down and the newest complete checkpoint restored in place, as
+long as there is one newer than the last time; a checkpoint that does not restore is passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from hpccr.config import Config
+from hpccr.coordinator import plan
+from hpccr.coordinator.agents import Agents, place
+from hpccr.coordinator.candidates import Candidates
+from hpccr.coordinator.checkpoints import Checkpoints
+from hpccr.coordinator.plan import BOOT, Phase
+from hpccr.coordinator.report import report
+from hpccr.coordinator.schedule import parse_interval
+from hpccr.coordinator.server import Member, Server
+from hpccr.coordinator.service import Boot, Command, failure_of
+from hpccr.coordinator.site import Site
+from hpccr.coordinator.status import StepStatus, encode_status
+from hpccr.coordinator.streams import Streams
+from hpccr.coordinator.timekeeper import Timekeeper
+from hpccr.errors import ExitCode, HpccrError
+from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
+from hpccr.store import events
+from hpccr.store.layout import FINISHED, Step
+from hpccr.store.publish import publish, remove
+from hpccr.wire import messages as m
+from hpccr.wire.handshake import new_secret
+
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""Restores in place without a new complete checkpoint between them; then the cause is not going away."""
+MAKING = (Phase.CREATING, Phase.CONNECTING)
+"""Phases of a boot in which it does not matter what the capsules are for."""
+PASSED_ON = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+"""Signals that are the job's business."""
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """The job was checkpointed, its tasks are dead, and it is to be started again elsewhere."""
+
+
+class Coordinator:
+    """One step from the first start, or a restore, to the end of its command."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        step: Step,
+        site: Site,
+        socket_path: str,
+        agent_command: Callable[[dict[str, int]], list[str]],
+        incarnation: int,
+        resume: bool,
+        sequence: int | None = None,
+        batch: bool = False,
+    ) -> None:
+        """incarnation: of the step's last boot, -1 if it has had none.
+
+        resume: start from the newest complete checkpoint if there is one; sequence: exactly from this one.
+        batch: the command is the whole batch script, and SIGUSR1 asks for a checkpoint instead of being the command's.
+        """
+        self._config = config
+        self._step = step
+        self._site = site
+        self._socket_path = socket_path
+        self._agent_command = agent_command
+        self._incarnation = incarnation
+        self._resume = resume
+        self._sequence = sequence
+        self._batch = batch
+        self._secret = new_secret()
+        self._boot: Boot | None = None
+        self._joined: list[Member] = []
+        self._join_failure: m.Failed | None = None
+        self._all_joined = asyncio.Event()
+        self._placement: tuple[str, ...] = ()
+        self._ended: asyncio.Future[Requeued] | None = None
+        record = step.record()
+        self._started = record.started if record else time.time()
+        self._io = ThreadPoolExecutor(1, "events")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._checkpoints = Checkpoints(
+            step=step, site=site, keep=config.store.keep, left=self._finish_requeued, warn=self._loud
+        )
+        self._streams: Streams | None = None
+        self._main: asyncio.Task[Any] | None = None
+
+    def _event(self, name: str, **details: Any) -> None:
+        """Record an event; order is kept, and the event loop does not wait for the shared storage."""
+
+        def write() -> None:
+            try:
+                events.append(self._step.events_path, name, **details)
+            except OSError as error:
+                log.warning("cannot record the event %s: %s", name, error)
+
+        self._io.submit(write)
+
+    async def run(self, command: Callable[[str], Command], capsules: int) -> int:
+        """The exit code of the job's command. Raises HpccrError.
+
+        command: given the step's secret, what to start; capsules: how many a fresh start has.
+        """
+        loop = asyncio.get_running_loop()
+        self._main = asyncio.current_task()
+        self._ended = loop.create_future()
+        self._streams = Streams(journal=self._step.path / "output", taken=self._output_taken, feed=self._feed_input)
+        server = Server(
+            secret=self._secret,
+            on_join=self._on_join,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            on_client=self._on_client,
+        )
+        port = await server.start()
+        endpoint = self._endpoint(port)
+        try:
+            publish(self._step.endpoint_path, endpoint)
+            self._install_signals(loop)
+            code = await self._boots(command, capsules, endpoint)
+            await self._streams.close()
+            if code is None:
+                return await self._requeued()
+            self._record(FINISHED, exit_code=code)
+            self._event("finished", exit_code=code)
+        except asyncio.CancelledError:
+            # SIGTERM before the job ran: nothing to checkpoint, everything has been taken down on the way here.
+            self._record("cancelled")
+            return 128 + signal.SIGTERM
+        except HpccrError as error:
+            self._event("failed", message=error.message, code=error.code)
+            self._record("failed")
+            raise
+        finally:
+            await server.close()
+            remove(self._step.endpoint_path)
+            self._io.shutdown()
+        return code
+
+    def _endpoint(self, port: int) -> EndpointRecord:
+        host = socket.gethostname()
+        hosts = dict.fromkeys((self._site.nodes[0], host, "127.0.0.1"))
+        return EndpointRecord(FORMAT, self._step.key, tuple(hosts), port, self._secret, os.getpid(), host)
+
+    def _record(self, state: str, *, exit_code: int | None = None, argv: tuple[str, ...] | None = None) -> None:
+        old = self._step.record()
+        now = time.time()
+        publish(
+            self._step.record_path,
+            StepRecord(
+                format=FORMAT,
+                key=self._step.key,
+                argv=argv if argv is not None else old.argv if old else (),
+                state=state,
+                started=old.started if old else now,
+                capsules=len(self._placement) or (old.capsules if old else 1),
+                nodes=self._placement or (old.nodes if old else ()),
+                incarnation=max(0, self._incarnation),
+                exit_code=exit_code,
+                updated=now,
+            ),
+        )
+
+    # --- one boot after the other -------------------------------------------------------------------------------
+
+    async def _boots(self, command: Callable[[str], Command], capsules: int, endpoint: EndpointRecord) -> int | None:
+        """The command's exit code, or None when the job was checkpointed to be started again."""
+        what = command(self._secret)
+        self._record("starting", argv=what.argv)
+        candidates = Candidates(self._step, self._loud)
+        source = await self._first_source(candidates)
+        restarts = last_restart = 0
+        while True:
+            outcome = await self._one_boot(what, source.capsules if source else capsules, source, endpoint)
+            match outcome:
+                case plan.Finished(code):
+                    return code
+                case Requeued():
+                    return None
+            error = failure_of(outcome)
+            lost = error.code == ExitCode.PEER_LOST
+            if isinstance(outcome, plan.BootFailed) and (source is None or (outcome.phase in MAKING and not lost)):
+                raise error
+            if isinstance(outcome, plan.BootFailed) and source is not None and not lost:
+                candidates.refuse(source.sequence)
+                self._loud(f"checkpoint {source.sequence} cannot be restored: {error.message}")
+                if self._sequence is not None or (source := await candidates.newest()) is None:
+                    raise error
+                self._loud(f"trying checkpoint {source.sequence}, the one before")
+                continue
+            self._event("lost", message=error.message, node=outcome.failure.node)
+            if (source := await candidates.newest()) is None:
+                raise error
+            restarts = restarts + 1 if source.sequence <= last_restart else 1
+            last_restart = source.sequence
+            if isinstance(outcome, plan.BootFailed) and outcome.phase in MAKING:
+                await self._move_on(error)
+                return None
+            if restarts > MAX_RESTARTS:
+                raise error
+            self._loud(f"{error.message}; restoring checkpoint {source.sequence} in place")
+
+    async def _move_on(self, error: HpccrError) -> None:
+        """A node of the allocation does not answer: let Slurm find others. Raises `error` where it cannot."""
+        self._loud(f"{error.message}; requeueing the job")
+        try:
+            await asyncio.to_thread(self._site.move)
+        except HpccrError as refused:
+            log.warning("the job cannot be requeued: %s", refused.message)
+            raise error from None
+
+    async def _first_source(self, candidates: Candidates) -> Manifest | None:
+        if self._sequence is not None:
+            return await candidates.exactly(self._sequence)
+        return await candidates.newest() if self._resume else None
+
+    def _loud(self, text: str) -> None:
+        log.warning("%s", text)
+        self._event("warning", text=text)
+
+    async def _one_boot(
+        self, command: Command, capsules: int, source: Manifest | None, endpoint: EndpointRecord
+    ) -> plan.Finished | plan.BootFailed | plan.StepLost | Requeued:
+        assert self._streams is not None and self._ended is not None  # noqa: S101 - set first thing in run()
+        self._incarnation += 1
+        self._placement = place(capsules, self._site.nodes)
+        self._record("restoring" if source else "starting")
+        self._event("boot", sequence=source.sequence if source else 0, nodes=self._placement)
+        self._joined, self._join_failure = [], None
+        self._all_joined.clear()
+        agents = Agents(
+            placement=self._placement,
+            endpoint=endpoint,
+            socket_path=self._socket_path,
+            step_command=self._site.step_command,
+            agent_command=self._agent_command,
+            log_path=self._step.path / "agents.log",
+            environ=self._site.step_environment(),
+        )
+        try:
+            await agents.start()
+            if (failure := await self._wait_joined(agents)) is not None:
+                return plan.BootFailed(Phase.CREATING, failure)
+            if self._ended.done():
+                return self._ended.result()
+            members = sorted(self._joined, key=lambda member: member.capsule)
+            boot = Boot(
+                config=self._config,
+                step=self._step,
+                command=command,
+                streams=self._streams,
+                members=members,
+                incarnation=self._incarnation,
+                secret=self._secret,
+                source=source,
+                event=self._event,
+            )
+            self._boot = boot
+            boot.begin()
+            watch = asyncio.create_task(self._watch_running(boot))
+            try:
+                await asyncio.wait((boot.outcome, self._ended), return_when=asyncio.FIRST_COMPLETED)
+                return boot.outcome.result() if boot.outcome.done() else self._ended.result()
+            finally:
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
+                await boot.destroy()
+        finally:
+            self._boot = None
+            for member in self._joined:
+                await member.channel.close()
+            await agents.stop()
+
+    async def _watch_running(self, boot: Boot) -> None:
+        """Once the job runs: say so, and make checkpoints by the clock."""
+        await boot.running.wait()
+        self._record("running")
+        config = self._config.checkpoint
+        await Timekeeper(
+            interval=parse_interval(config.interval),
+            mtbf=config.node_mtbf / len(set(self._placement)),
+            costs=lambda: self._checkpoints.costs,
+            end_time=self._site.end_time if config.at_limit == "requeue" else None,
+            checkpoint=lambda: self._checkpoints.make(boot, "interval", wait=False),
+            leave=lambda: self._checkpoints.leave(boot, "time limit"),
+            log_choice=lambda text: self._event("interval", text=text),
+        ).run()
+
+    async def _wait_joined(self, agents: Agents) -> m.Failed | None:
+        timeout = self._config.checkpoint.agent_timeout
+        joined = asyncio.create_task(self._all_joined.wait())
+        waits: list[asyncio.Task[Any]] = [joined, *([agents.step_ended] if agents.step_ended else [])]
+        try:
+            await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            joined.cancel()
+        if self._join_failure is not None or self._all_joined.is_set():
+            return self._join_failure
+        missing = set(self._placement) - {member.join.node for member in self._joined}
+        what = f"no agent joined from {', '.join(sorted(missing)) or 'this node'}"
+        ended = agents.step_ended is not None and agents.step_ended.done()
+        why = f"the helper step ended: {agents.log_tail()}" if ended else f"within {timeout:.0f} s {agents.log_tail()}"
+        return m.Failed(ExitCode.PEER_LOST, f"{what}; {why}", "`hpccr doctor` checks every node")
+
+    # --- server callbacks ---------------------------------------------------------------------------------------
+
+    def _on_join(self, member: Member) -> bool:
+        taken = {other.capsule for other in self._joined}
+        free = [k for k, node in enumerate(self._placement) if node == member.join.node and k not in taken]
+        if not free or self._boot is not None:
+            log.warning("an agent on %s that nobody waits for was sent away", member.join.node)
+            return False
+        member.capsule = free[0]
+        member.post(m.Assign(member.capsule))
+        self._joined.append(member)
+        if len(self._joined) == len(self._placement):
+            self._all_joined.set()
+        return True
+
+    def _on_message(self, member: Member, message: m.Message) -> None:
+        if self._boot is not None and member in self._joined:
+            if isinstance(message, m.Signalled):
+                self._terminate(own=False)
+            else:
+                self._boot.message(member, message)
+        elif isinstance(message, m.Failed):
+            self._join_failure = message
+            self._all_joined.set()
+
+    def _on_lost(self, member: Member, reason: str) -> None:
+        if self._boot is not None and member in self._joined:
+            self._boot.lost(member, reason)
+        elif member in self._joined and self._join_failure is None:
+            self._join_failure = m.Failed(ExitCode.PEER_LOST, reason, "", member.join.node)
+            self._all_joined.set()
+
+    def _output_taken(self, count: int) -> None:
+        if self._boot is not None:
+            self._boot.output_taken(count)
+            if self._streams is not None and self._streams.broken is not None:
+                # Whoever read the job's output is gone: the job gets what it would have got from a broken pipe.
+                self._boot.signal(signal.SIGPIPE)
+
+    def _feed_input(self, data: bytes) -> None:
+        if self._boot is not None:
+            self._boot.feed_input(data)
+
+    async def _on_client(self, request: m.ClientMessage, post: Callable[[m.Message], None]) -> m.Message:
+        match request:
+            case m.StatusRequest():
+                return m.StatusReply(encode_status(self.status()))
+            case m.CheckpointRequest():
+                if self._boot is None:
+                    raise HpccrError("the job is not running yet", hint="try again once `hpccr status` says running")
+                return await self._checkpoints.answer(self._boot, request, post)
+
+    def _finish_requeued(self) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(Requeued())
+
+    async def _requeued(self) -> int:
+        """Nothing of the job runs; wait for Slurm to end this batch script where ending now would let it run on."""
+        self._record("requeued")
+        self._event("requeued")
+        if self._site.must_stay():
+            await asyncio.Event().wait()
+        return ExitCode.OK
+
+    # --- signals ------------------------------------------------------------------------------------------------
+
+    def _install_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in PASSED_ON:
+            loop.add_signal_handler(number, self._pass_on, number)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        if number == signal.SIGUSR1 and self._batch:
+            self._spawn(self._on_usr1())
+        elif self._boot is not None:
+            self._boot.signal(number)
+        elif number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) and self._main is not None:
+            self._main.cancel()
+
+    async def _on_usr1(self) -> None:
+        try:
+            if self._boot is not None:
+                await self._checkpoints.make(self._boot, "signal", wait=True)
+        except HpccrError as error:
+            self._loud(f"no checkpoint on SIGUSR1: {error.message}")
+
+    def _terminate(self, *, own: bool = True) -> None:
+        """SIGTERM came, to this process (own) or to an agent on another node."""
+        if self._checkpoints.leaving:
+            return  # what is under way is what this signal would ask for
+        self._spawn(self._terminated(own=own))
+
+    async def _terminated(self, *, own: bool) -> None:
+        boot = self._boot
+        try:
+            why = await asyncio.to_thread(self._site.why_signalled)
+        except HpccrError as error:
+            # A checkpoint that nobody needed costs less than one that was needed and is missing.
+            log.warning("Slurm does not say why the job is ended: %s", error.message)
+            why = "requeue"
+        self._event("terminate", why=why)
+        leaving = why in ("requeue", "preempted")
+        if not own and not leaving:
+            return  # this process gets its own signal if the job is to end
+        if boot is None or boot.state.phase in BOOT:
+            if leaving:
+                self._finish_requeued()  # what it starts from is still there
+            elif self._main is not None:
+                self._main.cancel()
+            return
+        if not leaving:
+            boot.signal(signal.SIGTERM)
+            return
+        if self._checkpoints.leaving:
+            return
+        try:
+            await self._checkpoints.final(boot, why)
+        except HpccrError as error:
+            self._loud(f"no final checkpoint before the {why}: {error.message}")
+            boot.signal(signal.SIGTERM)
+
+    def _spawn(self, job: Any) -> None:
+        task = asyncio.get_running_loop().create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def status(self) -> StepStatus:
+        """What the step is doing now."""
+        return report(
+            self._step.key,
+            self._boot,
+            nodes=self._placement,
+            incarnation=self._incarnation,
+            started=self._started,
+        )

@@ -1,0 +1,111 @@
+"""What the coordinator needs of the place it runs in: a Slurm job, or one machine without Slurm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpccr.errors import HpccrError, UnsupportedError
+from hpccr.slurm.env import Allocation
+from hpccr.slurm.query import JobQuery
+from hpccr.slurm.steps import agent_step_command, agent_step_environment
+
+COMMENT = "hpccr: "
+"""How a job's Comment begins that is ours."""
+
+
+class Site:
+    """One machine without Slurm. Methods may block; all but step_command are called in a thread."""
+
+    def __init__(self, nodes: tuple[str, ...]) -> None:
+        """nodes: where capsules may go; the first is this one."""
+        self.nodes = nodes
+
+    def step_command(self, nodes: Sequence[str], argv: Sequence[str]) -> list[str]:
+        """The command that runs argv once on each of the nodes. Raises HpccrError."""
+        raise HpccrError(f"no way to start agents on {', '.join(nodes)}", hint="run inside a Slurm job")
+
+    def step_environment(self) -> dict[str, str]:
+        """The environment for that command."""
+        return dict(os.environ)
+
+    def why_signalled(self) -> str:
+        """Why this job got SIGTERM: a hpccr.slurm.query.Cause. Raises HpccrError."""
+        return "cancelled"
+
+    def end_time(self) -> float | None:
+        """When the job's time limit ends it, seconds since the epoch; None: never. Raises HpccrError."""
+        return None
+
+    def show(self, text: str) -> None:
+        """Show users a line on the job's state, where they look at jobs. Raises HpccrError."""
+
+    def check_requeue(self) -> None:
+        """Raises HpccrError if requeue() could not work."""
+
+    def requeue(self) -> None:
+        """Put the job back into the queue; it will be killed and started again. Raises HpccrError."""
+
+    def move(self) -> None:
+        """Requeue a job whose allocation is of no use any more. Raises HpccrError."""
+        raise UnsupportedError("there are no other nodes to move to")
+
+    def must_stay(self) -> bool:
+        """Whether ending now would let a batch script run on after its job was checkpointed to be requeued."""
+        return False
+
+
+class SlurmSite(Site):
+    """Inside a Slurm job."""
+
+    def __init__(self, allocation: Allocation, query: JobQuery, here: str) -> None:
+        """here: this node's name. Raises UnsupportedError if it is not one of the allocation."""
+        if here not in allocation.nodes:
+            raise UnsupportedError(
+                f"this process runs on {here}, which is not a node of job {allocation.job}",
+                hint="call `hpccr run` in the batch script, or under `srun --pty` in an salloc",
+            )
+        super().__init__((here, *(node for node in allocation.nodes if node != here)))
+        self._allocation = allocation
+        self._query = query
+
+    def step_command(self, nodes: Sequence[str], argv: Sequence[str]) -> list[str]:
+        return agent_step_command(nodes, argv)
+
+    def step_environment(self) -> dict[str, str]:
+        return agent_step_environment(os.environ)
+
+    def why_signalled(self) -> str:
+        return self._query.why_signalled(self._allocation.job, self._allocation.restarts)
+
+    def end_time(self) -> float | None:
+        return self._query.job(self._allocation.job).end_time
+
+    def show(self, text: str) -> None:
+        # Users have a comment of their own: that one stays.
+        comment = self._query.job(self._allocation.job).comment
+        if not comment or comment.startswith(COMMENT):
+            self._query.set_comment(self._allocation.job, COMMENT + text)
+
+    def check_requeue(self) -> None:
+        if not self._query.job(self._allocation.job).requeue:
+            raise UnsupportedError(
+                f"job {self._allocation.job} may not be requeued",
+                hint="submit it with `#SBATCH --requeue`, or now: scontrol update jobid="
+                f"{self._allocation.job} Requeue=1",
+            )
+
+    def requeue(self) -> None:
+        self._query.requeue(self._allocation.job)
+
+    def move(self) -> None:
+        self.check_requeue()
+        self.requeue()
+
+    def must_stay(self) -> bool:
+        # When our parent is Slurm itself we are the batch script: our end is the job's, as a requeue wants it.
+        try:
+            return not Path(f"/proc/{os.getppid()}/comm").read_text().startswith("slurmstepd")
+        except OSError:
+            return False

@@ -1,0 +1,210 @@
+"""The data of hpccr: steps, checkpoints, fragments. Pure; imports nothing of ours.
+
+Sizes are bytes, times are seconds since the epoch (time.time()), durations are seconds unless the name says otherwise.
+"""
+
+import re
+from typing import Annotated
+
+import msgspec
+
+FORMAT = 1
+"""Version of everything that is written to the store."""
+
+FRAGMENT_NAME = "fragment.json"
+MANIFEST_NAME = "checkpoint.json"
+
+_STEP_DIR = re.compile(r"^(?P<cluster>[A-Za-z0-9_.+-]+)-(?P<job>[A-Za-z0-9_]+)$")
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}$")]
+"""A name that is safe as one path component."""
+JobName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]{1,64}$")]
+Index = Annotated[int, msgspec.Meta(ge=0, lt=65536)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+Sequence = Annotated[int, msgspec.Meta(ge=1, lt=1_000_000)]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+CheckpointId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+
+
+class StepKey(msgspec.Struct, frozen=True):
+    """What is checkpointed: one `hpccr run` of one job. `step` counts the runs of a job from "0"."""
+
+    cluster: Name
+    job: JobName
+    step: Name
+
+    def __str__(self) -> str:
+        return f"{self.cluster}-{self.job}/{self.step}"
+
+    @property
+    def job_directory(self) -> str:
+        """Name of the job's directory in a store."""
+        return f"{self.cluster}-{self.job}"
+
+
+def parse_job_directory(name: str) -> tuple[str, str] | None:
+    """(cluster, job) of a directory name made by StepKey.job_directory; None for any other name."""
+    match = _STEP_DIR.match(name)
+    return (match["cluster"], match["job"]) if match else None
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of a fragment: name within the capsule's directory (no slash), size, BLAKE3 digest of its content."""
+
+    name: Name
+    size: Size
+    digest: HexDigest
+
+
+class OpenFile(msgspec.Struct, frozen=True):
+    """A regular file that some process held open for writing when it was frozen.
+
+    path: as seen inside the capsule; size: at the freeze; mode: st_mode; append: every writer uses O_APPEND.
+    """
+
+    path: str
+    size: Size
+    mode: int
+    append: bool
+
+
+class PrivateTree(msgspec.Struct, frozen=True):
+    """A private directory of the capsule, saved in the archive `file` of the fragment (empty: nothing was in it)."""
+
+    path: str
+    file: str
+
+
+class Stdio(msgspec.Struct, frozen=True):
+    """Pipe inodes of the job's stdio as the images name them; 0 where that stream is /dev/null (stdin only).
+
+    stdout == stderr when both go into one pipe.
+    """
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class CapsuleImage(msgspec.Struct, frozen=True):
+    """What a restore must know about one capsule's images beside the images: written by capsule init at the dump."""
+
+    root_pid: int
+    max_pid: int
+    tasks: int
+    stdio: Stdio
+    private: tuple[PrivateTree, ...] = ()
+    files: tuple[OpenFile, ...] = ()
+    criu_version: int = 0
+    """As CRIU reports it over RPC: major * 10000 + minor * 100 + sublevel."""
+    kernel: str = ""
+    cpu_flags: tuple[str, ...] = ()
+    """Flags of /proc/cpuinfo on the dumping node."""
+    frozen_seconds: float = 0.0
+    """From the moment the first task was stopped until the tasks ran again (or were killed); 0 while unknown."""
+
+
+class Fragment(msgspec.Struct, frozen=True):
+    """One capsule's part of a checkpoint. Sealed as a whole by hpccrd (see SealedFragment)."""
+
+    format: int
+    key: StepKey
+    checkpoint: CheckpointId
+    sequence: Sequence
+    capsule: Index
+    capsules: Count
+    uid: int
+    gid: int
+    created: float
+    node: str
+    image: CapsuleImage
+    files: tuple[FileEntry, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.size for f in self.files)
+
+
+class SealedFragment(msgspec.Struct, frozen=True):
+    """fragment.json: `body` is the JSON text of a Fragment, `seal` the keyed BLAKE3 of exactly those bytes.
+
+    Only hpccrd, which holds the site key, makes and checks seals.
+    """
+
+    body: str
+    seal: HexDigest
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """How far a stream of the job had got at the freeze.
+
+    position: end of the job's own output in the regular file behind its stdout or stderr (None: not a regular file,
+    cannot be cut back); for stdin the bytes the job has consumed. foreign: (offset, length) of what others wrote into
+    the file between the job's own output: Slurm's notices, but also the script's other commands.
+    """
+
+    position: int | None
+    foreign: tuple[tuple[int, int], ...] = ()
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """checkpoint.json: which fragments a checkpoint consists of; written by the coordinator at release."""
+
+    format: int
+    key: StepKey
+    checkpoint: CheckpointId
+    sequence: Sequence
+    capsules: Count
+    created: float
+    stdin: Stream
+    stdout: Stream
+    stderr: Stream
+    tasks_per_capsule: tuple[int, ...]
+    """Ranks or CPUs Slurm gave each capsule's node, in capsule order (SLURM_TASKS_PER_NODE)."""
+    freeze_seconds: float = 0.0
+    """Longest time any capsule was frozen."""
+    reason: str = ""
+    """Why it was made: command, requeue, interval, signal ..."""
+    digest: str = ""
+    """In the file: BLAKE3 of the record's JSON text with this one empty. In memory: empty."""
+
+
+class StepRecord(msgspec.Struct, frozen=True):
+    """step.json: the step's command and state; rewritten by the coordinator at each change of state.
+
+    exit_code: of the finished step, else None. stdout_base/stderr_base: size of the regular file behind the job's
+    stdout or stderr when the step first started, None where that is not a regular file.
+    """
+
+    format: int
+    key: StepKey
+    argv: tuple[str, ...]
+    state: str
+    started: float
+    capsules: Count
+    nodes: tuple[str, ...]
+    incarnation: int = 0
+    exit_code: int | None = None
+    updated: float = 0.0
+
+
+class EndpointRecord(msgspec.Struct, frozen=True):
+    """endpoint.json: where the running coordinator of a step listens, and the step's secret (file mode 0600)."""
+
+    format: int
+    key: StepKey
+    hosts: tuple[str, ...]
+    port: int
+    secret: str
+    """64 hex digits; see wire.handshake."""
+    pid: int
+    host: str
+
+
+class FlushProgress(msgspec.Struct, frozen=True):
+    """flush.json in a capsule's directory while its flush is going on: rewritten at least every 2 s."""
+
+    done: Size
+    total: Size
+    updated: float

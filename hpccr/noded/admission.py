@@ -1,0 +1,59 @@
+"""What a user's requests must look like before anything is done with them. Pure but for check_stdio."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from hpccr.errors import UnsupportedError, UsageError
+from hpccr.noded.channel import Descriptors
+from hpccr.wire import messages as m
+
+MAX_PATH = 4096
+_SECRET = re.compile(r"^[0-9a-f]{64}$")
+
+
+def check_create(request: m.Create, node: str) -> None:
+    """Raises UnsupportedError (another version) or UsageError."""
+    if request.protocol != m.PROTOCOL:
+        raise UnsupportedError(
+            f"hpccrd on {node} speaks protocol {m.PROTOCOL}, the request {request.protocol}",
+            hint="install the same version of hpccr on all nodes and restart hpccrd",
+        )
+    if request.capsule >= request.capsules:
+        raise UsageError(f"there is no capsule {request.capsule} of {request.capsules}")
+    if not _SECRET.match(request.secret):
+        raise UsageError("the step's secret is not 64 hex digits")
+
+
+def check_command(request: m.Start) -> None:
+    """Raises UsageError for what execve(2) could not take, or a relative working directory."""
+    if not request.cwd.startswith("/") or "\0" in request.cwd or len(request.cwd) > MAX_PATH:
+        raise UsageError(f"the working directory {request.cwd[:100]!r} is not an absolute path")
+    if any("\0" in argument for argument in request.argv):
+        raise UsageError("the command has an argument with a zero byte")
+    for name, value in request.env.items():
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise UsageError(f"the environment has an impossible variable {name[:100]!r}")
+
+
+def check_stdio(stdin: str, merged: bool, descriptors: Descriptors) -> None:
+    """Raises UsageError unless the descriptors are the pipes that stdin and merged announce."""
+    if stdin not in ("pipe", "null"):
+        raise UsageError(f"stdin is {stdin[:100]!r}, neither pipe nor null")
+    wanted = (stdin == "pipe") + (1 if merged else 2)
+    if len(descriptors) != wanted:
+        raise UsageError(f"{wanted} descriptors are due for stdio ({stdin=}, {merged=}), {len(descriptors)} came")
+    if not descriptors.are_pipes():
+        raise UsageError("the job's stdio must be anonymous pipes: nothing else can be given to a restored job")
+
+
+def check_directory(directory: str) -> str:
+    """The directory in the store, which only the user's own worker will open. Raises UsageError."""
+    if not directory.startswith("/") or "\0" in directory or len(directory) > MAX_PATH:
+        raise UsageError(f"the store directory {directory[:100]!r} is not an absolute path")
+    return directory
+
+
+def check_signal(signum: int) -> bool:
+    return 1 <= signum < signal.NSIG

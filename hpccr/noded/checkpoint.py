@@ -1,0 +1,185 @@
+"""One checkpoint of a capsule, step by step: prepare, freeze, dump, release, or abort at any point before release."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+
+from hpccr.errors import HpccrError, LockedError
+from hpccr.model import CapsuleImage, OpenFile
+from hpccr.noded import capsule, outside, scan, services, syscalls
+from hpccr.noded.capsule import Capsule
+from hpccr.noded.control import InitDumped, InitPrepare
+from hpccr.noded.criu import Final
+from hpccr.noded.private import Saving
+from hpccr.wire.messages import Frozen, Prepared, Released
+
+ABORT_SECONDS = 600.0
+"""How long CRIU may take to come to its next barrier after an abort; then it is killed and its damage repaired."""
+
+PASSING = re.compile(r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b")
+"""Errors of CRIU's sk-inet.c for TCP connections that are neither closed nor established: a matter of milliseconds."""
+
+_TCP_REPAIR = 19
+_TCP_REPAIR_OFF = 0
+
+
+class Checkpoint:
+    """Each step is called once, in order; the first that raises HpccrError has to be followed by abort()."""
+
+    def __init__(self, home: Capsule, request: InitPrepare, directory: int) -> None:
+        """directory: the spool directory of this checkpoint; owned by the caller."""
+        self._capsule = home
+        self._request = request
+        self._directory = directory
+        self._criu = home.criu(directory)
+        self._saving = Saving(home.reaper, home.places, directory)
+        self._criu_version = 0
+        self._stopped_at = 0.0
+        self._files: tuple[OpenFile, ...] = ()
+        self._scanned = scan.Tree(home.root)
+
+    def _tree(self) -> scan.Tree:
+        return scan.tree(self._capsule.root, helpers=(self._criu.pid, *self._saving.pids))
+
+    async def prepare(self) -> Prepared:
+        """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
+        tree = self._tree()
+        scan.check_namespaces(tree)
+        scan.check_open(tree, self._capsule.places)
+        scan.check_whole(tree, self._capsule.identity.uid)
+        services.check(tree)
+        if self._request.outside == "refuse":
+            outside.refuse(tree, self._capsule.inside)
+        needed = scan.estimate(tree, self._capsule.places, self._request.ghost_limit)
+        if needed > self._request.room:
+            raise HpccrError(
+                f"the dump may take {needed} bytes and the spool has {self._request.room} free",
+                hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
+            )
+        await self._capsule.criu(self._directory).probe()
+        self._criu_version = await self._capsule.criu(self._directory).version()
+        self._criu.on_killed = lambda: repair_sockets(self._tree())
+        self._criu.dump(
+            self._capsule.root,
+            {
+                "leave_running": True,
+                "ghost_limit": min(self._request.ghost_limit, 0xFFFFFFFF),
+                "timeout": max(1, math.ceil(self._request.freeze_timeout)),
+            },
+        )
+        await self._reach("pre-dump", "start")
+        return Prepared(estimate=needed)
+
+    async def freeze(self) -> Frozen:
+        """Stop all tasks, hold the network, and check again what may have changed since prepare()."""
+        self._stopped_at = time.monotonic()
+        self._criu.answer(True)
+        await self._reach("query-ext-files", "freeze the job")
+        self._capsule.hold.on()
+        self._scanned = self._tree()
+        scan.check_whole(self._scanned, self._capsule.identity.uid)
+        services.check(self._scanned)
+        await services.cut(self._scanned)
+        # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
+        self._files = scan.open_files(self._scanned, self._capsule.places)
+        return Frozen()
+
+    async def dump(self) -> InitDumped:
+        """Write everything into the spool directory: CRIU's images, private directories, facts about open files."""
+        self._saving = Saving(self._capsule.reaper, self._capsule.places, self._directory)
+        self._saving.start()
+        self._criu.answer(True)
+        image = CapsuleImage(
+            root_pid=self._capsule.root,
+            max_pid=scan.highest_id(self._scanned),
+            tasks=len(self._scanned.tasks),
+            stdio=self._capsule.stdio,
+            private=self._saving.trees,
+            files=self._files,
+            criu_version=self._criu_version,
+            kernel=os.uname().release,
+            cpu_flags=scan.cpu_flags(),
+        )
+        await self._reach("post-dump", "dump the job")
+        await self._saving.finish()
+        return InitDumped(image=image)
+
+    async def release(self, *, kill: bool) -> Released:
+        """Let the tasks run on, or kill them where they stand. The checkpoint is made in either case."""
+        if kill:
+            # CRIU has them stopped, and SIGKILL ends a stopped task without another instruction of its own; CRIU then
+            # finds nobody to resume. The hold stays, so that no peer hears of their end.
+            ended = capsule.kill(task.pid for task in self._scanned.tasks)
+            self._criu.answer(True)
+            await self._criu.until()
+            await capsule.wait_ended(ended)
+        else:
+            self._criu.answer(True)
+            await self._criu.until()
+            self._capsule.hold.off()
+        frozen = time.monotonic() - self._stopped_at
+        return Released(frozen_seconds=frozen, criu_freeze_seconds=self._criu_seconds())
+
+    def _criu_seconds(self) -> float:
+        """CRIU's own measure of how long the tasks were stopped; 0 where it did not write its statistics."""
+        try:
+            fd = os.open("stats-dump", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._directory)
+        except FileNotFoundError:
+            return 0.0
+        with os.fdopen(fd, "rb") as file:
+            (entry,) = self._capsule.images.load(file)["entries"]
+        return float(int(entry["dump"]["freezing_time"]) + int(entry["dump"]["frozen_time"])) / 1e6
+
+    async def abort(self) -> None:
+        """Give up wherever it stands: the tasks run on as if nothing had been. May be called more than once."""
+        await self._saving.cancel()
+        try:
+            await asyncio.wait_for(self._criu.give_up(), ABORT_SECONDS)
+        except TimeoutError:
+            print(f"hpccr: CRIU does not give up after {ABORT_SECONDS:.0f} s, killing it", file=sys.stderr)
+            await self._criu.kill()
+        self._capsule.hold.off()
+
+    async def _reach(self, barrier: str, what: str) -> None:
+        word = await self._criu.until(barrier)
+        if isinstance(word, Final):
+            reason = self._criu.reason()
+            if PASSING.search(reason):
+                raise LockedError(
+                    f"CRIU could not {what}: a connection was just being made ({reason})",
+                    hint="try again: this passes as soon as the connection is accepted",
+                )
+            raise HpccrError(
+                f"CRIU could not {what}: {reason}",
+                hint="`hpccr doctor` checks what CRIU needs on a node",
+            )
+
+
+def repair_sockets(tree: scan.Tree) -> None:
+    """Take all TCP sockets out of the repair mode that a CRIU which was killed left them in."""
+    for task in tree.tasks:
+        with suppress(ProcessLookupError, FileNotFoundError):
+            pidfd = os.pidfd_open(task.pid)
+            try:
+                for fd in os.listdir(f"/proc/{task.pid}/fd"):
+                    if os.readlink(f"/proc/{task.pid}/fd/{fd}").startswith("socket:"):
+                        _repair(syscalls.pidfd_getfd(pidfd, int(fd)))
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+            finally:
+                os.close(pidfd)
+
+
+def _repair(fd: int) -> None:
+    with socket.socket(fileno=fd) as copy:
+        tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+        # One that listens is never in repair, and the kernel refuses to talk about it.
+        if tcp and copy.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
+            copy.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _TCP_REPAIR_OFF)

@@ -1,0 +1,109 @@
+"""The capsule's end of its network: addresses, peers and routes, inside the capsule's network namespace.
+
+The devices were made in the node's namespace and moved in. All functions here run in a helper process of init's
+(child.call) because pyroute2 opens sockets and event loops of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from hpccr.errors import HpccrError
+from hpccr.noded.control import Network
+from hpccr.noded.hold import Nft
+
+_NUD_PERMANENT = 0x80
+_SCOPE_GLOBAL = 0
+
+
+def loopback_up() -> None:
+    """A new network namespace starts with lo down."""
+    with IPRoute() as route:
+        _do("bring up lo", lambda: route.link("set", index=_index(route, "lo"), state="up"))
+
+
+def configure(network: Network) -> None:
+    """Make the capsule reachable for its peers and, with an uplink, the outside reachable from it.
+
+    Raises HpccrError naming the step that the kernel refused.
+    """
+    with IPRoute() as route:
+        _overlay(route, network)
+        if network.uplink:
+            _uplink(route, network)
+    if network.uplink:
+        _translate(network)
+
+
+def _overlay(route: IPRoute, network: Network) -> None:
+    device = network.device
+    index = _index(route, device)
+    _do(f"set up {device}", lambda: route.link("set", index=index, address=network.mac, mtu=network.mtu, state="up"))
+    _do(
+        f"give {device} the address {network.address}/{network.prefix}",
+        lambda: route.addr("add", index=index, address=network.address, prefixlen=network.prefix),
+    )
+    for peer in network.peers:
+        if peer.capsule == network.own:
+            continue
+        # Nothing is learned or asked for: who is where is known, and a held capsule could not answer.
+        _do(
+            f"add capsule {peer.capsule} at {peer.address} as a neighbour",
+            lambda peer=peer: route.neigh(
+                "replace", ifindex=index, dst=peer.address, lladdr=peer.mac, state=_NUD_PERMANENT
+            ),
+        )
+        _do(
+            f"forward to capsule {peer.capsule} by {peer.underlay} vni {peer.vni}",
+            lambda peer=peer: route.fdb("append", ifindex=index, lladdr=peer.mac, dst=peer.underlay, vni=peer.vni),
+        )
+
+
+def _uplink(route: IPRoute, network: Network) -> None:
+    index = _index(route, network.uplink)
+    loopback = _index(route, "lo")
+    _do(
+        f"give {network.uplink} the address {network.uplink_address}/{network.uplink_prefix}",
+        lambda: route.addr("add", index=index, address=network.uplink_address, prefixlen=network.uplink_prefix),
+    )
+    _do(f"bring up {network.uplink}", lambda: route.link("set", index=index, state="up"))
+    # The address that outgoing sockets are bound to: the same in every capsule, so they can be restored anywhere.
+    _do(
+        f"add the address {network.outside_source}",
+        lambda: route.addr("add", index=loopback, address=network.outside_source, prefixlen=32, scope=_SCOPE_GLOBAL),
+    )
+    _do(
+        f"route to the outside by {network.uplink_gateway}",
+        lambda: route.route(
+            "add", dst="default", gateway=network.uplink_gateway, oif=index, prefsrc=network.outside_source
+        ),
+    )
+
+
+def _translate(network: Network) -> None:
+    """The constant source address means nothing to the node: give it this capsule's own on the way out."""
+    Nft().run(
+        "table ip hpccr_uplink {\n"
+        " chain out {\n"
+        "  type nat hook postrouting priority srcnat;\n"
+        f'  oifname "{network.uplink}" snat to {network.uplink_address}\n'
+        " }\n"
+        "}\n"
+    )
+
+
+def _index(route: IPRoute, name: str) -> int:
+    found = route.link_lookup(ifname=name)
+    if not found:
+        raise HpccrError(f"there is no network device {name} in the capsule")
+    return int(found[0])
+
+
+def _do(doing: str, act: Any) -> None:
+    try:
+        act()
+    except NetlinkError as error:
+        raise HpccrError(f"capsule network: cannot {doing}: {error}") from None

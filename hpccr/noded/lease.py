@@ -1,0 +1,562 @@
+"""A lease: one capsule of one user, from Create until nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+import hpccr
+from hpccr.config import Config
+from hpccr.errors import CorruptError, HpccrError, PeerLostError, UsageError
+from hpccr.model import FORMAT, CapsuleImage, Fragment
+from hpccr.noded import addresses, control, leftovers, lifecycle, network, peer, transferring
+from hpccr.noded.admission import check_command, check_create, check_directory, check_stdio
+from hpccr.noded.channel import Descriptors
+from hpccr.noded.initlink import Init, memory_file
+from hpccr.noded.lifecycle import State
+from hpccr.noded.network import Plan, Plumber
+from hpccr.noded.seal import SiteKey
+from hpccr.noded.spool import Area, Directory, Spool
+from hpccr.noded.transfer import FetchJob, FlushJob, Moved
+from hpccr.wire import messages as m
+
+log = logging.getLogger(__name__)
+
+LAUNCH_PORT = 8474
+"""Where launch roots listen, inside capsule networks."""
+ABORT_TIMEOUT = 660.0
+"""Seconds a capsule has to undo a checkpoint: more than init gives CRIU to come to a point where it can be stopped.
+A capsule that does not manage is killed."""
+MARGIN = 15.0
+"""Seconds added to the deadlines of phases: the capsule's own come first and say more."""
+SHORT = 30.0
+"""Seconds for what takes no time."""
+MAX_HOSTS = 64 << 10
+"""Bytes of the node's /etc/hosts that a capsule's has."""
+MAX_UNREAD = 64 << 10
+"""Bytes of unread replies from which on progress is not reported."""
+
+
+@dataclass
+class Node:
+    """What all leases of one hpccrd share."""
+
+    config: Config
+    key: SiteKey
+    name: str
+    cpu_flags: tuple[str, ...]
+    plumber: Plumber
+    spool: Spool
+    runtime: Area
+    criu_ready: asyncio.Event
+    """Set when CRIU's own feature cache is there: with a hold on lo and no cache its probe would hang."""
+    flushes: set[asyncio.Task[None]] = field(default_factory=set)
+    endings: set[asyncio.Task[None]] = field(default_factory=set)
+    """Capsules being undone: a stop waits for them, whatever became of their connections."""
+    vnis: set[int] = field(default_factory=set)
+    claims: dict[str, int] = field(default_factory=dict)
+    """Bytes of the spool that dumps under way may still take, by lease name."""
+
+    def choose_vni(self) -> int:
+        while (vni := secrets.randbelow((1 << 24) - 1) + 1) in self.vnis:
+            pass
+        return vni
+
+
+@dataclass
+class Dumping:
+    """A checkpoint on its way: from Prepare until it is durable or given up."""
+
+    sequence: int
+    checkpoint: str
+    directory: Directory
+    created: float = 0.0
+    image: CapsuleImage | None = None
+    frozen_seconds: float = 0.0
+
+
+def present[T](part: T | None) -> T:
+    """A part that a capsule in the right state has; PeerLostError if the capsule was ended under the request."""
+    if part is None:
+        raise PeerLostError("the capsule is gone")
+    return part
+
+
+def node_hosts() -> str:
+    """The node's /etc/hosts, as far as it fits into a packet to init beside the capsules' names."""
+    try:
+        with open("/etc/hosts", errors="replace") as file:
+            text = file.read(MAX_HOSTS + 1)
+    except OSError:
+        return ""
+    if len(text) > MAX_HOSTS:
+        log.warning("/etc/hosts is longer than %d bytes: names in it are not known inside capsules", MAX_HOSTS)
+        return ""
+    return text
+
+
+class Lease:
+    """Requests on one capsule. perform() is called for one request at a time; abort(), signal() and end() at any."""
+
+    def __init__(
+        self, node: Node, who: peer.Credentials, examine: Callable[[], peer.Requester], emit: Callable[[m.Message], int]
+    ) -> None:
+        """examine(): the requester, checked (peer.examine). emit(message): send it if the peer is still there; gives
+        the number of bytes the peer has not read yet."""
+        self.name = secrets.token_hex(4)
+        self.state = State.NEW
+        self.lost = asyncio.Event()
+        """Set when the capsule died without having been asked to."""
+        self._node, self._who, self._examine, self._emit = node, who, examine, emit
+        self._create: m.Create | None = None
+        self._identity: control.Identity | None = None
+        self._init: Init | None = None
+        self._runtime: Directory | None = None
+        self._namespace = -1
+        self._making: asyncio.Future[Plan] | None = None
+        self._plan: Plan | None = None
+        self._fetched: Directory | None = None
+        self._dumping: Dumping | None = None
+        self._released: Dumping | None = None
+        self._aborted: str | None = None
+        self._releasing = False
+        self._ending: asyncio.Task[None] | None = None
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    async def perform(self, request: m.Message, descriptors: Descriptors) -> m.Message:
+        """The reply to a request. Raises HpccrError; what is left of the capsule then, see lifecycle."""
+        then = lifecycle.after(self.state, request)
+        try:
+            reply = await self._dispatch(request, descriptors)
+        except (HpccrError, OSError) as error:
+            if isinstance(request, lifecycle.FATAL):
+                await self.end()
+            elif isinstance(request, lifecycle.CHECKPOINT):
+                await self._give_up(str(error))
+            if isinstance(error, OSError):
+                raise HpccrError(f"{type(request).__name__} failed: {error}") from error
+            raise
+        # The job may have ended meanwhile, and then that is the state.
+        if self.state not in (State.ENDED, State.GONE):
+            self.state = then
+        return reply
+
+    async def _dispatch(self, request: m.Message, descriptors: Descriptors) -> m.Message:
+        match request:
+            case m.Create():
+                return await self._do_create(request)
+            case m.Connect():
+                return await self._do_connect(request)
+            case m.Start():
+                return await self._do_start(request, descriptors)
+            case m.Restore():
+                return await self._do_restore(request, descriptors)
+            case m.Resume():
+                return await self._the_init.request(request, m.Resumed, timeout=SHORT)
+            case m.Unhold():
+                reply = await self._the_init.request(request, m.Unheld, timeout=SHORT)
+                await self._drop_fetched()
+                return reply
+            case m.Prepare():
+                return await self._do_prepare(request)
+            case m.Freeze():
+                timeout = self._node.config.checkpoint.freeze_timeout + MARGIN
+                return await self._checkpointing(request, m.Frozen, timeout)
+            case m.Dump():
+                return await self._do_dump(request)
+            case m.Release():
+                return await self._do_release(request)
+            case m.Flush():
+                return self._do_flush(request)
+        raise UsageError(f"{type(request).__name__} is not a request on a capsule")
+
+    @property
+    def _the_init(self) -> Init:
+        return present(self._init)
+
+    async def _do_create(self, request: m.Create) -> m.Created:
+        node, config = self._node, self._node.config
+        check_create(request, node.name)
+        subnet = addresses.subnet(config.network.subnet)
+        hosts = addresses.hosts(subnet, request.capsules, node_hosts())
+        await node.criu_ready.wait()
+        requester = self._examine()
+        try:
+            self._create, self._identity = request, requester.identity
+            self._runtime = node.runtime.create(self.name)
+            self._init = Init(self.name, exited=self._on_exit, ended=self._on_loss)
+            built = await self._init.request(
+                control.Build(
+                    hostname=addresses.hostname(request.capsule),
+                    boot_id=addresses.boot_id(request.key, self._who.uid, request.capsule),
+                    hosts=hosts,
+                    private=config.capsule.private,
+                    first_pid=config.capsule.first_pid,
+                    criu=config.node.criu,
+                    identity=requester.identity,
+                ),
+                control.Built,
+                timeout=config.checkpoint.create_timeout,
+                descriptors=requester.descriptors,
+            )
+        finally:
+            requester.close()
+        self._init.adopt(built.pid)
+        leftovers.record_init(self._runtime, built.pid)
+        self._namespace = os.open(f"/proc/{built.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._plan = plan = await self._make_network(request.capsule)
+        node.vnis.add(plan.vni)
+        for line in plan.describe():
+            log.debug("capsule %s: %s", self.name, line)
+        address, vni, key = plan.underlay.address, plan.vni, request.key
+        ticket = node.key.ticket(capsule=request.capsule, address=address, vni=vni, key=key, uid=self._who.uid)
+        log.info("capsule %s: %s of %s (uid %d), vni %d", self.name, request.capsule, key, self._who.uid, vni)
+        return m.Created(
+            endpoint=m.Endpoint(capsule=request.capsule, address=address, vni=vni, ticket=ticket),
+            node=node.name,
+            cpu_flags=node.cpu_flags,
+        )
+
+    async def _make_network(self, capsule: int) -> Plan:
+        plumber = self._node.plumber
+        self._making = asyncio.get_running_loop().run_in_executor(
+            plumber.executor,
+            lambda: plumber.make(
+                name=self.name, capsule=capsule, namespace=self._namespace, choose=self._node.choose_vni
+            ),
+        )
+        return await asyncio.shield(self._making)
+
+    async def _do_connect(self, request: m.Connect) -> m.Connected:
+        create, plan, config = present(self._create), present(self._plan), self._node.config
+        endpoints = {endpoint.capsule: endpoint for endpoint in request.peers}
+        if len(request.peers) != create.capsules or set(endpoints) != set(range(create.capsules)):
+            raise UsageError(f"Connect names {len(endpoints)} capsules, the step has {create.capsules}")
+        for endpoint in request.peers:
+            if not self._node.key.admits(endpoint, create.key, self._who.uid):
+                raise UsageError(
+                    f"the ticket of capsule {endpoint.capsule} is not valid for {create.key} of uid {self._who.uid}",
+                    hint="do all nodes have the same site key? `hpccr doctor` compares",
+                )
+        subnet = addresses.subnet(config.network.subnet)
+        uplink = plan.uplink
+        await self._the_init.request(
+            control.Network(
+                device=network.DEVICE,
+                mac=addresses.mac(create.capsule),
+                address=addresses.address(subnet, create.capsule),
+                prefix=subnet.prefixlen,
+                mtu=plan.mtu,
+                own=create.capsule,
+                peers=tuple(
+                    control.Peer(
+                        capsule=k,
+                        mac=addresses.mac(k),
+                        address=addresses.address(subnet, k),
+                        underlay=endpoints[k].address,
+                        vni=endpoints[k].vni,
+                    )
+                    for k in sorted(endpoints)
+                ),
+                uplink=network.UPLINK if uplink else "",
+                uplink_address=str(uplink[2]) if uplink else "",
+                uplink_prefix=uplink.prefixlen if uplink else 0,
+                uplink_gateway=str(uplink[1]) if uplink else "",
+                outside_source=addresses.OUTSIDE_SOURCE if uplink else "",
+            ),
+            control.NetworkReady,
+            timeout=config.checkpoint.create_timeout,
+        )
+        return m.Connected()
+
+    async def _do_start(self, request: m.Start, descriptors: Descriptors) -> m.Started:
+        create, config = present(self._create), self._node.config
+        check_command(request)
+        check_stdio(request.stdin, request.merged, descriptors)
+        address = addresses.address(addresses.subnet(config.network.subnet), create.capsule)
+        launch = Path(hpccr.__file__).parent / "capsule" / "launch.py"
+        argv = [sys.executable, "-I", "-S", str(launch), "--index", str(create.capsule)]
+        argv += ["--address", address, "--port", str(LAUNCH_PORT), "--", *request.argv]
+        environment = memory_file(msgspec.msgpack.encode(request.env | {"HPCCR_STEP_SECRET": create.secret}))
+        try:
+            return await self._the_init.request(
+                control.Launch(argv=tuple(argv), cwd=request.cwd, stdin=request.stdin, merged=request.merged),
+                m.Started,
+                timeout=config.checkpoint.create_timeout,
+                descriptors=[environment, *descriptors.numbers],
+            )
+        finally:
+            os.close(environment)
+
+    async def _do_restore(self, request: m.Restore, descriptors: Descriptors) -> m.Restored:
+        create, identity, config = present(self._create), present(self._identity), self._node.config
+        check_stdio(request.stdin, request.merged, descriptors)
+        self._fetched = fetched = self._node.spool.create(f"{self.name}-restore")
+        job = FetchJob(
+            user=transferring.user(identity),
+            key=self._node.key.secret,
+            directory=check_directory(request.directory),
+            room=self._room(),
+            step=create.key,
+            checkpoint=request.checkpoint,
+            sequence=request.sequence,
+            capsule=create.capsule,
+            capsules=create.capsules,
+        )
+        transfer = transferring.Transfer(fetched, f"fetch {self.name}")
+        try:
+            async with asyncio.timeout(config.checkpoint.restore_timeout):
+                finished = await transfer.run(job, lambda moved: None)
+        except TimeoutError:
+            raise HpccrError(
+                f"fetching the checkpoint took longer than {config.checkpoint.restore_timeout:.0f} s",
+                hint="is the store's file system slow? checkpoint.restore_timeout is the limit",
+            ) from None
+        if finished.image is None:
+            raise CorruptError("the transfer brought no image")
+        directory = fetched.open()
+        try:
+            restored = await self._the_init.request(
+                control.InitRestore(
+                    image=finished.image,
+                    stdin=request.stdin,
+                    merged=request.merged,
+                    ghost_limit=config.checkpoint.ghost_limit,
+                ),
+                m.Restored,
+                timeout=config.checkpoint.restore_timeout + MARGIN,
+                descriptors=[directory, *descriptors.numbers],
+            )
+        finally:
+            os.close(directory)
+        return msgspec.structs.replace(restored, fetch_seconds=finished.seconds, bytes=finished.bytes)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    async def _do_prepare(self, request: m.Prepare) -> m.Prepared:
+        config = self._node.config.checkpoint
+        self._aborted = None
+        # The name is fresh though a failed checkpoint of the same number may still be on its way out.
+        directory = self._node.spool.create(f"{self.name}-{request.sequence}-{secrets.token_hex(2)}")
+        self._dumping = Dumping(request.sequence, request.checkpoint, directory)
+        # One that was never flushed is superseded.
+        superseded, self._released = self._released, None
+        if superseded is not None:
+            await asyncio.to_thread(superseded.directory.remove)
+        fd = directory.open()
+        try:
+            prepared = await self._checkpointing(
+                control.InitPrepare(
+                    freeze_timeout=config.freeze_timeout,
+                    ghost_limit=config.ghost_limit,
+                    outside=config.outside,
+                    room=self._room(),
+                ),
+                m.Prepared,
+                config.prepare_timeout + MARGIN,
+                descriptors=(fd,),
+            )
+        finally:
+            os.close(fd)
+        self._node.claims[self.name] = prepared.estimate
+        return prepared
+
+    def _room(self) -> int:
+        claimed = sum(size for name, size in self._node.claims.items() if name != self.name)
+        return max(0, self._node.spool.room() - claimed)
+
+    async def _checkpointing[R: m.Message](
+        self, request: m.Message, reply: type[R], timeout: float, descriptors: tuple[int, ...] = ()
+    ) -> R:
+        if self._aborted is not None:
+            raise HpccrError(f"the checkpoint was given up: {self._aborted}")
+        answer = await self._the_init.request(request, reply, timeout=timeout, descriptors=descriptors)
+        if self._aborted is not None:
+            raise HpccrError(f"the checkpoint was given up: {self._aborted}")
+        return answer
+
+    async def _do_dump(self, request: m.Dump) -> m.Dumped:
+        dumping = present(self._dumping)
+        timeout = self._node.config.checkpoint.dump_timeout + MARGIN
+        answer = await self._checkpointing(request, control.InitDumped, timeout)
+        self._node.claims.pop(self.name, None)
+        dumping.image, dumping.created = answer.image, time.time()
+        return m.Dumped(bytes=await asyncio.to_thread(dumping.directory.bytes))
+
+    async def _do_release(self, request: m.Release) -> m.Released:
+        dumping = present(self._dumping)
+        self._releasing = True
+        try:
+            released = await self._checkpointing(request, m.Released, SHORT + MARGIN)
+        finally:
+            self._releasing = False
+        dumping.frozen_seconds = released.frozen_seconds
+        self._dumping, self._released = None, dumping
+        return released
+
+    async def abort(self, reason: str) -> None:
+        """Give the checkpoint under way up, if there is one; a request under way then fails. Raises HpccrError.
+
+        A release that is under way is past giving up.
+        """
+        if self._dumping is None or self._releasing:
+            return
+        self._aborted = reason
+        await self._give_up(reason)
+
+    async def _give_up(self, reason: str) -> None:
+        dumping, self._dumping = self._dumping, None
+        self._node.claims.pop(self.name, None)
+        if dumping is None:
+            return
+        try:
+            await self._the_init.abort(reason, timeout=ABORT_TIMEOUT)
+        except HpccrError as error:
+            # Nobody knows what runs in there and what does not.
+            log.error("capsule %s: cannot undo a checkpoint, ending the capsule: %s", self.name, error)
+            self.lost.set()
+            raise
+        finally:
+            await asyncio.to_thread(dumping.directory.remove)
+        if self.state in (State.PREPARED, State.FROZEN, State.DUMPED):
+            self.state = State.RUNNING
+
+    def _do_flush(self, request: m.Flush) -> m.FlushStarted:
+        released, create, identity = self._released, present(self._create), present(self._identity)
+        if released is None or released.image is None:
+            raise UsageError("there is no released checkpoint to flush")
+        job = FlushJob(
+            user=transferring.user(identity),
+            key=self._node.key.secret,
+            directory=check_directory(request.directory),
+            spool=released.directory.path,
+            level=request.level,
+            # After a release that kills nobody's job waits for the processor, but the requeue waits for the flush.
+            nice=0 if self.state is State.ENDED else self._node.config.node.flush_nice,
+            fragment=Fragment(
+                format=FORMAT,
+                key=create.key,
+                checkpoint=released.checkpoint,
+                sequence=released.sequence,
+                capsule=create.capsule,
+                capsules=create.capsules,
+                uid=identity.uid,
+                gid=identity.gid,
+                created=released.created,
+                node=self._node.name,
+                image=msgspec.structs.replace(released.image, frozen_seconds=released.frozen_seconds),
+                files=(),
+            ),
+        )
+        transfer = transferring.Transfer(released.directory, f"flush {self.name}-{released.sequence}")
+        self._released = None
+        # The node's task, not the lease's: it goes on when the lease ends.
+        task = asyncio.create_task(self._flush(transfer, job, released))
+        self._node.flushes.add(task)
+        task.add_done_callback(self._node.flushes.discard)
+        return m.FlushStarted()
+
+    async def _flush(self, transfer: transferring.Transfer, job: FlushJob, released: Dumping) -> None:
+        sequence = released.sequence
+
+        def moved(event: Moved) -> None:
+            if self._emit(m.Flushing(sequence=sequence, done=event.done, total=event.total)) > MAX_UNREAD:
+                log.debug("capsule %s: nobody reads how the flush goes", self.name)
+
+        try:
+            finished = await transfer.run(job, moved)
+        except Exception as error:
+            log.warning("capsule %s: flush of checkpoint %d failed: %s", self.name, sequence, error)
+            if self._released is None and self._ending is None:
+                self._released = released  # it may be tried again
+            else:
+                await asyncio.to_thread(released.directory.remove)
+            hint = error.hint if isinstance(error, HpccrError) else "hpccrd's log on the node has the details"
+            self._emit(m.FlushFailed(sequence=sequence, message=str(error), hint=hint))
+            return
+        released.directory.release()
+        self._emit(m.Flushed(sequence=sequence, bytes=finished.bytes, seconds=finished.seconds))
+
+    # --- life and death -----------------------------------------------------------------------------------------
+
+    def signal(self, signum: int) -> None:
+        if self._init is not None and self.state not in (State.NEW, State.CREATED, State.CONNECTED, State.GONE):
+            self._init.signal(signum)
+
+    def _on_exit(self, code: int) -> None:
+        # After a release that kills, init is silent.
+        if self.state in (State.ENDED, State.GONE):
+            return
+        self.state = State.ENDED
+        self._emit(m.Exited(code))
+
+    def _on_loss(self) -> None:
+        log.error("capsule %s: its init ended unexpectedly", self.name)
+        self.lost.set()
+
+    async def _drop_fetched(self) -> None:
+        fetched, self._fetched = self._fetched, None
+        if fetched is not None:
+            await asyncio.to_thread(fetched.remove)
+
+    async def end(self) -> None:
+        """Undo everything; returns when nothing is left but flushes under way. Safe to repeat and to cancel."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._undo())
+            self._node.endings.add(self._ending)
+            self._ending.add_done_callback(self._node.endings.discard)
+        await asyncio.shield(self._ending)
+
+    async def _undo(self) -> None:
+        self.state = State.GONE
+        self._node.claims.pop(self.name, None)
+        for step in (self._end_init, self._unmake_network, self._drop_fetched, self._drop_dumps, self._drop_runtime):
+            try:
+                await step()
+            except Exception:
+                log.exception("capsule %s: something of it may be left", self.name)
+        log.info("capsule %s: gone", self.name)
+
+    async def _end_init(self) -> None:
+        init, self._init = self._init, None
+        if init is not None:
+            await init.close()
+
+    async def _unmake_network(self) -> None:
+        if self._making is not None:
+            try:
+                self._plan = await self._making
+            except HpccrError:
+                pass  # make() has left nothing, and Create has told why
+        try:
+            if self._plan is not None:
+                plumber, plan, namespace = self._node.plumber, self._plan, self._namespace
+                await asyncio.get_running_loop().run_in_executor(
+                    plumber.executor, lambda: plumber.unmake(plan, namespace)
+                )
+                self._node.vnis.discard(plan.vni)
+        finally:
+            namespace, self._namespace = self._namespace, -1
+            if namespace >= 0:
+                os.close(namespace)
+
+    async def _drop_dumps(self) -> None:
+        dumps = [dumping for dumping in (self._dumping, self._released) if dumping is not None]
+        self._dumping = self._released = None
+        for dumping in dumps:
+            await asyncio.to_thread(dumping.directory.remove)
+
+    async def _drop_runtime(self) -> None:
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            await asyncio.to_thread(runtime.remove)

@@ -1,0 +1,200 @@
+"""Who asks: the process at the other end of a unix socket, as the kernel and /proc tell it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import resource
+import select
+import socket
+import struct
+from dataclasses import dataclass
+
+from hpccr.errors import HpccrError, PeerLostError, UnsupportedError
+from hpccr.noded import cgroups
+from hpccr.noded.control import Identity
+
+# Constants of asm-generic/socket.h and linux/nsfs.h that Python's modules do not have.
+SO_PEERGROUPS = 59
+SO_PEERPIDFD = 77
+NS_GET_USERNS = 0xB701
+
+_UCRED = struct.Struct("3i")
+_LIMIT = re.compile(r"^(?P<name>Max [a-z -]+?)\s{2,}(?P<soft>\S+)\s+(?P<hard>\S+)")
+
+# Rows of /proc/PID/limits (fs/proc/base.c) by their RLIMIT number.
+_RESOURCES = {
+    "Max cpu time": resource.RLIMIT_CPU,
+    "Max file size": resource.RLIMIT_FSIZE,
+    "Max data size": resource.RLIMIT_DATA,
+    "Max stack size": resource.RLIMIT_STACK,
+    "Max core file size": resource.RLIMIT_CORE,
+    "Max resident set": resource.RLIMIT_RSS,
+    "Max processes": resource.RLIMIT_NPROC,
+    "Max open files": resource.RLIMIT_NOFILE,
+    "Max locked memory": resource.RLIMIT_MEMLOCK,
+    "Max address space": resource.RLIMIT_AS,
+    "Max file locks": 10,  # RLIMIT_LOCKS, which the kernel no longer enforces
+    "Max pending signals": resource.RLIMIT_SIGPENDING,
+    "Max msgqueue size": resource.RLIMIT_MSGQUEUE,
+    "Max nice priority": resource.RLIMIT_NICE,
+    "Max realtime priority": resource.RLIMIT_RTPRIO,
+    "Max realtime timeout": resource.RLIMIT_RTTIME,
+}
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the kernel recorded when the peer connected: nothing the peer can change afterwards."""
+
+    pid: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...] | None
+    """Supplementary groups; None if they are more than Python's getsockopt() can take (256)."""
+
+
+@dataclass
+class Requester:
+    """A checked requester. The descriptors are the owner's to close(): mount namespace, cgroup.procs files."""
+
+    identity: Identity
+    mount_namespace: int
+    cgroups: list[int]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """In the order of control.Build."""
+        return [self.mount_namespace, *self.cgroups]
+
+    def close(self) -> None:
+        for fd in self.descriptors:
+            os.close(fd)
+
+
+def credentials(sock: socket.socket) -> Credentials:
+    """Of the process that connected (unix(7)). Raises OSError."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    try:
+        groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        return Credentials(pid, uid, gid, None)
+    return Credentials(pid, uid, gid, struct.unpack(f"{len(groups) // 4}I", groups))
+
+
+def examine(sock: socket.socket, who: Credentials) -> Requester:
+    """Everything of the requesting process that a capsule inherits.
+
+    Raises UnsupportedError (foreign namespaces, mixed ids), PeerLostError (it is gone).
+    """
+    gone = PeerLostError("the requesting process has ended")
+    try:
+        pidfd = _pidfd(sock, who.pid)
+    except ProcessLookupError:
+        raise gone from None
+    opened: list[int] = []
+    try:
+        status = _status(who.pid)
+        _check_ids(who, status)
+        identity = Identity(
+            uid=who.uid,
+            gid=who.gid,
+            groups=who.groups if who.groups is not None else tuple(map(int, status["Groups"].split())),
+            umask=int(status["Umask"], 8),
+            rlimits=parse_limits(_read(who.pid, "limits")),
+            cpus=tuple(sorted(os.sched_getaffinity(who.pid))),
+            nice=os.getpriority(os.PRIO_PROCESS, who.pid),
+        )
+        opened.append(_mount_namespace(who.pid))
+        opened += cgroups.open_procs(who.pid)
+        # What was read is the peer's if the peer still lives now: its pid cannot have gone to another process.
+        if select.select([pidfd], [], [], 0)[0]:
+            raise gone
+    except BaseException as error:
+        for fd in opened:
+            os.close(fd)
+        if isinstance(error, FileNotFoundError | ProcessLookupError):
+            raise gone from None
+        if isinstance(error, OSError):
+            raise HpccrError(f"cannot examine the requesting process {who.pid}: {error}") from None
+        raise
+    finally:
+        os.close(pidfd)
+    return Requester(identity, opened[0], opened[1:])
+
+
+def _pidfd(sock: socket.socket, pid: int) -> int:
+    try:
+        (pidfd,) = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))
+    except ProcessLookupError:
+        raise
+    except OSError:
+        # Kernels before 6.5: the pid could already be another's, but then it must have the same ids to pass.
+        if pid <= 0:
+            raise UnsupportedError(
+                "the requesting process is not in a pid namespace that hpccrd can see",
+                hint="start hpccr outside of containers, or run hpccrd where the jobs run",
+            ) from None
+        return os.pidfd_open(pid)
+    return int(pidfd)
+
+
+def _read(pid: int, name: str) -> str:
+    with open(f"/proc/{pid}/{name}") as file:
+        return file.read()
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = (line.partition(":") for line in _read(pid, "status").splitlines())
+    return {name: value.strip() for name, _, value in lines}
+
+
+def _check_ids(who: Credentials, status: dict[str, str]) -> None:
+    for name, wanted in (("Uid", who.uid), ("Gid", who.gid)):
+        ids = {int(text) for text in status[name].split()}
+        if ids != {wanted}:
+            raise UnsupportedError(
+                f"the requesting process has mixed or changed ids ({name} {status[name]}, connected as {wanted})",
+                hint="run hpccr as the job's user, not from a set-id program",
+            )
+
+
+def parse_limits(text: str) -> tuple[tuple[int, int, int], ...]:
+    """(resource, soft, hard) of each row of a /proc/PID/limits; -1 is infinity."""
+    found = []
+    for line in text.splitlines():
+        match = _LIMIT.match(line)
+        if match and match["name"] in _RESOURCES:
+            found.append((_RESOURCES[match["name"]], _limit(match["soft"]), _limit(match["hard"])))
+    return tuple(found)
+
+
+def _limit(text: str) -> int:
+    return -1 if text == "unlimited" else int(text)
+
+
+def _mount_namespace(pid: int) -> int:
+    """The process's mount namespace, if root may trust what is mounted in it."""
+    hint = "hpccr cannot run inside a container or `unshare --user`: start it from the job itself"
+    own = os.stat("/proc/self/ns/user")
+    if not os.path.samestat(os.stat(f"/proc/{pid}/ns/user"), own):
+        raise UnsupportedError("the requesting process is in another user namespace than hpccrd", hint=hint)
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        owner = fcntl.ioctl(namespace, NS_GET_USERNS)
+        try:
+            trusted = os.path.samestat(os.fstat(owner), own)
+        finally:
+            os.close(owner)
+        if not trusted:
+            raise UnsupportedError(
+                "the mounts of the requesting process were made in another user namespace", hint=hint
+            )
+    except BaseException:
+        os.close(namespace)
+        raise
+    return namespace

@@ -1,0 +1,41 @@
+"""Children of pid 1: everything in the capsule ends up here and is reaped; some of it is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+
+def exit_code(status: int) -> int:
+    """A wait status as a shell gives it: 128 + number for a signal."""
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+class Reaper:
+    """Reaps all children of this process, from the event loop.
+
+    A pid must be watched in the same step of the loop that made or adopted it, before it can have been reaped.
+    """
+
+    def __init__(self) -> None:
+        self._watched: dict[int, asyncio.Future[int]] = {}
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.add_signal_handler(signal.SIGCHLD, self.reap)
+
+    def watch(self, pid: int) -> asyncio.Future[int]:
+        """Becomes the exit code of child `pid` as a shell gives it."""
+        return self._watched.setdefault(pid, asyncio.get_running_loop().create_future())
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            future = self._watched.pop(pid, None)
+            if future is not None and not future.cancelled():
+                future.set_result(exit_code(status))

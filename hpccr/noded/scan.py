@@ -1,0 +1,459 @@
+"""Looking at the tasks of a capsule through /proc: who they are, what they have open, what cannot be dumped.
+
+Everything is read below /proc/PID of tasks inside the capsule's own pid namespace. A task that ends while it is looked
+at is no task: its files give ENOENT or ESRCH and it is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from hpccr.errors import CorruptError, HpccrError, UnsupportedError
+from hpccr.model import OpenFile
+from hpccr.noded import child
+from hpccr.noded.control import Identity
+
+_GONE = (FileNotFoundError, ProcessLookupError)
+
+DELETED = " (deleted)"
+"""What /proc puts after the name of a file that is not there any more."""
+
+_REFUSED_LINKS = {
+    "anon_inode:[io_uring]": ("an io_uring", "let the program use epoll (UV_USE_IO_URING=0 for libuv and node)"),
+    "anon_inode:[userfaultfd]": ("a userfaultfd", "turn lazy or postcopy memory off in the program"),
+    "anon_inode:[perf_event]": ("a perf event counter", "run without the profiler (PAPI, perf, likwid)"),
+    "anon_inode:bpf-map": ("a BPF map", "run without the tracing tool"),
+    "anon_inode:bpf-prog": ("a BPF program", "run without the tracing tool"),
+    "anon_inode:[infinibandevent]": ("an RDMA device", ""),
+    "anon_inode:[uverbs-async-event]": ("an RDMA device", ""),
+    "anon_inode:[fanotify]": ("a fanotify group", "run without the program that watches the file system"),
+}
+_RDMA_HINT = (
+    "let MPI use TCP and shared memory: UCX_TLS=tcp,self,sm (MPICH, Open MPI with UCX), OMPI_MCA_pml=ob1 "
+    "OMPI_MCA_btl=tcp,self,sm (Open MPI), FI_PROVIDER=tcp (libfabric, Intel MPI)"
+)
+_RDMA_PREFIXES = ("/dev/infiniband/", "/dev/hfi1", "/dev/cxi")
+
+_PLAIN_DEVICES = frozenset((1, minor) for minor in (3, 5, 7, 8, 9, 11))
+"""Character devices CRIU restores by their number alone: null, zero, full, random, urandom, kmsg."""
+_TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
+_TUN = (10, 200)
+
+_NAMESPACES = ("pid", "mnt", "net", "user", "uts", "cgroup")
+"""Those a task shares with init. ipc is the launch root's own; time is compared with the launch root's."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process as /proc/PID/status tells it."""
+
+    pid: int
+    parent: int
+    name: str
+    state: str
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    groups: tuple[int, ...]
+    capabilities: int
+    """Of the inheritable, permitted, effective and ambient sets together."""
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.name})"
+
+
+@dataclass
+class Tree:
+    """The tasks of a capsule: all of them but init and the helpers it started."""
+
+    root: int
+    tasks: list[Task] = field(default_factory=list)
+
+
+def read_task(pid: int) -> Task | None:
+    """None when there is no such process (any more)."""
+    try:
+        with open(f"/proc/{pid}/status", errors="replace") as file:
+            fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    except _GONE:
+        return None
+    capabilities = 0
+    for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        capabilities |= int(fields.get(key, "0"), 16)
+    return Task(
+        pid=pid,
+        parent=int(fields["PPid"]),
+        name=fields["Name"],
+        state=fields["State"][:1],
+        uids=tuple(int(word) for word in fields["Uid"].split()),
+        gids=tuple(int(word) for word in fields["Gid"].split()),
+        groups=tuple(int(word) for word in fields.get("Groups", "").split()),
+        capabilities=capabilities,
+    )
+
+
+def processes() -> Iterator[Task]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (task := read_task(int(name))) is not None:
+            yield task
+
+
+def tree(root: int, *, helpers: Iterable[int] = ()) -> Tree:
+    """All processes but init and, with what descends from them, `helpers`."""
+    found = {task.pid: task for task in processes()}
+    excluded = {1, *helpers}
+    tasks = [task for task in found.values() if not _descends(task, found, excluded - {1}) and task.pid != 1]
+    return Tree(root, sorted(tasks, key=lambda task: task.pid))
+
+
+def _descends(task: Task, found: dict[int, Task], ancestors: set[int]) -> bool:
+    current: Task | None = task
+    while current is not None:
+        if current.pid in ancestors:
+            return True
+        current = found.get(current.parent)
+    return False
+
+
+def check_whole(whole: Tree, uid: int) -> None:
+    """Every task descends from the launch root and is only the user's. Raises UnsupportedError naming the first
+    that does not. Zombies pass: nothing of theirs is dumped but their exit status."""
+    found = {task.pid: task for task in whole.tasks}
+    if whole.root not in found or found[whole.root].state == "Z":
+        raise HpccrError("the job has ended")
+    for task in whole.tasks:
+        if not _descends(task, found, {whole.root}):
+            raise UnsupportedError(
+                f"process {task} has left the job's process tree: its parents have ended",
+                hint="a daemon started before an earlier restart cannot be dumped again: end it, or start it anew",
+            )
+        if task.state == "Z":
+            continue
+        if set(task.uids) != {uid}:
+            raise UnsupportedError(f"process {task} runs with the user ids {task.uids}, the job with {uid}")
+        if task.capabilities:
+            raise UnsupportedError(f"process {task} has capabilities ({task.capabilities:#x})")
+
+
+def check_restored(whole: Tree, identity: Identity) -> None:
+    """Every task has the user's ids and groups and no capability. Raises CorruptError naming the first that differs."""
+    groups = {identity.gid, *identity.groups}
+    for task in whole.tasks:
+        if task.state == "Z":
+            continue
+        if set(task.uids) != {identity.uid} or not {*task.gids, *task.groups} <= groups or task.capabilities:
+            raise CorruptError(
+                f"the restored process {task} would run with uids {task.uids}, gids {task.gids}, groups {task.groups}, "
+                f"capabilities {task.capabilities:#x}: not the user's"
+            )
+
+
+def highest_id(whole: Tree) -> int:
+    """The highest pid, thread id, process group or session of the tasks."""
+    highest = 0
+    for task in whole.tasks:
+        try:
+            threads = [int(name) for name in os.listdir(f"/proc/{task.pid}/task")]
+            highest = max(highest, task.pid, *threads, os.getpgid(task.pid), os.getsid(task.pid))
+        except _GONE:
+            highest = max(highest, task.pid)
+    return highest
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """Features of the first CPU as /proc/cpuinfo names them; empty where it does not."""
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return tuple(value.split())
+    return ()
+
+
+def check_namespaces(whole: Tree) -> None:
+    """No task has namespaces of its own. Raises UnsupportedError naming the first that has."""
+    expected = {name: _namespace(1, name) for name in _NAMESPACES}
+    expected["pid_for_children"] = expected["pid"]
+    expected["time"] = expected["time_for_children"] = _namespace(whole.root, "time")
+    for task in whole.tasks:
+        for name, namespace in expected.items():
+            found = _namespace(task.pid, name)
+            if found != namespace and found and namespace:
+                raise UnsupportedError(
+                    f"process {task} is in a {name.split('_')[0]} namespace of its own",
+                    hint="containers inside the job (Apptainer, podman, unshare) cannot be checkpointed",
+                )
+
+
+def check_open(whole: Tree, private: Iterable[str]) -> None:
+    """Nothing is open or mapped that cannot be dumped or would not come back.
+
+    Raises UnsupportedError naming process, resource and remedy.
+    """
+    places = tuple(private)
+    for task in whole.tasks:
+        if task.state == "Z":
+            continue
+        try:
+            _check_descriptors(task, places)
+            _check_maps(task)
+        except _GONE:
+            continue
+
+
+def _namespace(pid: int, name: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{name}")
+    except _GONE:
+        return ""
+
+
+def _check_descriptors(task: Task, places: Iterable[str]) -> None:
+    for fd in os.listdir(f"/proc/{task.pid}/fd"):
+        try:
+            link = os.readlink(f"/proc/{task.pid}/fd/{fd}")
+        except _GONE:
+            continue
+        if link in _REFUSED_LINKS:
+            what, hint = _REFUSED_LINKS[link]
+            raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint or _RDMA_HINT)
+        if link.startswith(_RDMA_PREFIXES):
+            raise UnsupportedError(f"process {task} has the RDMA device {link} open", hint=_RDMA_HINT)
+        if link.startswith("/dev/"):
+            _check_device(task, fd, link)
+        if link.startswith("/") and not below(link, places):
+            _check_name(task, fd, link)
+
+
+def _check_name(task: Task, fd: str, link: str) -> None:
+    # CRIU keeps such a file by a link of its own, which goes away again when the tasks run on: nothing to come back to.
+    status = os.stat(f"/proc/{task.pid}/fd/{fd}")
+    silly = os.path.basename(link).startswith(".nfs")
+    if stat.S_ISREG(status.st_mode) and (silly or (link.endswith(DELETED) and status.st_nlink > 0)):
+        raise UnsupportedError(
+            f"process {task} has {link.removesuffix(DELETED)} open, a name that was removed while the file lives on",
+            hint="let the program keep its scratch files in /tmp (TMPDIR) or not remove them while they are open",
+        )
+
+
+def _check_device(task: Task, fd: str, link: str) -> None:
+    # O_PATH: to look at a device must not open it.
+    handle = os.open(f"/proc/{task.pid}/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+    finally:
+        os.close(handle)
+    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        return
+    number = (os.major(status.st_rdev), os.minor(status.st_rdev))
+    plain = number in _PLAIN_DEVICES or number[0] in _TTY_MAJORS or number == _TUN
+    if stat.S_ISBLK(status.st_mode) or not plain:
+        raise UnsupportedError(
+            f"process {task} has the device {link} open",
+            hint="what a device (GPU, accelerator, disk) holds is not part of a checkpoint: run without it",
+        )
+
+
+def _check_maps(task: Task) -> None:
+    for line in _lines(f"/proc/{task.pid}/maps"):
+        if "/dev/infiniband/" in line or "[uverbs" in line or "[rdma" in line:
+            raise UnsupportedError(f"process {task} has an RDMA device mapped", hint=_RDMA_HINT)
+        if "anon_inode:[io_uring]" in line:
+            raise UnsupportedError(
+                f"process {task} has an io_uring mapped", hint=_REFUSED_LINKS["anon_inode:[io_uring]"][1]
+            )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, errors="surrogateescape") as file:
+            return file.read().splitlines()
+    except _GONE:
+        return []
+
+
+def estimate(whole: Tree, private: Iterable[str], ghost_limit: int) -> int:
+    """Bytes a dump may take: memory that is no file's, private directories, deleted files, and room for the rest."""
+    kilobytes = 0
+    ghosts: dict[tuple[int, int], int] = {}
+    for task in whole.tasks:
+        kilobytes += _memory(task.pid) + _PER_TASK
+        for status in _deleted_files(task.pid):
+            ghosts[status.st_dev, status.st_ino] = min(status.st_blocks * 512, ghost_limit)
+    used = 0
+    for place in private:
+        system = os.statvfs(place)
+        used += (system.f_blocks - system.f_bfree) * system.f_frsize
+    return kilobytes * 1024 + sum(ghosts.values()) + used + _segments(whole.root)
+
+
+_PER_TASK = 128
+"""Kilobytes of images per task beside its memory (measured 40-70 for MPI ranks)."""
+
+
+def _memory(pid: int) -> int:
+    """Kilobytes of anonymous and shared memory, shared pages counted by their share."""
+    total = 0
+    for line in _lines(f"/proc/{pid}/smaps_rollup"):
+        key, _, rest = line.partition(":")
+        if key in ("Pss_Anon", "Pss_Shmem", "SwapPss"):
+            total += int(rest.split()[0])
+    return total
+
+
+def _deleted_files(pid: int) -> Iterator[os.stat_result]:
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except _GONE:
+        return
+    for fd in names:
+        path = f"/proc/{pid}/fd/{fd}"
+        try:
+            if os.readlink(path).endswith(DELETED):
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    yield status
+        except _GONE:
+            continue
+
+
+def _segments(root: int) -> int:
+    """Bytes of SysV segments that nobody has attached (attached ones count as their users' memory)."""
+
+    def read() -> int:
+        # /proc/sysvipc shows the ipc namespace of who reads it.
+        with open(f"/proc/{root}/ns/ipc") as namespace:
+            os.setns(namespace.fileno(), os.CLONE_NEWIPC)
+        total = 0
+        for line in _lines("/proc/sysvipc/shm")[1:]:
+            words = line.split()
+            total += int(words[3]) if words[6] == "0" else 0
+        return total
+
+    return int(child.call(read))
+
+
+def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
+    """Regular files some task can write to (open for writing, or mapped shared and writable), by path.
+
+    Left out: deleted files (CRIU saves them) and what lies in a private directory (saved as a whole).
+    """
+    places = (*private, "/proc", "/sys")
+    found: dict[str, OpenFile] = {}
+
+    def note(path: str, status: os.stat_result, append: bool) -> None:
+        if not stat.S_ISREG(status.st_mode) or not path.startswith("/") or path.endswith(DELETED):
+            return
+        if below(path, places):
+            return
+        before = found.get(path)
+        found[path] = OpenFile(
+            path=path,
+            size=status.st_size,
+            mode=status.st_mode,
+            append=append and (before is None or before.append),
+        )
+
+    for task in whole.tasks:
+        for fd, flags in _descriptor_flags(task.pid):
+            if flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR):
+                link = f"/proc/{task.pid}/fd/{fd}"
+                try:
+                    note(os.readlink(link), os.stat(link), bool(flags & os.O_APPEND))
+                except _GONE:
+                    continue
+        for address, permissions, path in mappings(task.pid):
+            if permissions[1] == "w" and permissions[3] == "s":
+                try:
+                    note(path, os.stat(f"/proc/{task.pid}/map_files/{address}"), False)
+                except _GONE:
+                    continue
+    return tuple(found[path] for path in sorted(found))
+
+
+def _descriptor_flags(pid: int) -> Iterator[tuple[str, int]]:
+    try:
+        names = os.listdir(f"/proc/{pid}/fdinfo")
+    except _GONE:
+        return
+    for fd in names:
+        for line in _lines(f"/proc/{pid}/fdinfo/{fd}"):
+            if line.startswith("flags:"):
+                yield fd, int(line.split()[1], 8)
+                break
+
+
+def mappings(pid: int) -> Iterator[tuple[str, str, str]]:
+    """(address range as in map_files, permissions, path) of the file mappings of a process."""
+    for line in _lines(f"/proc/{pid}/maps"):
+        words = line.split(None, 5)
+        if len(words) == 6 and words[5].startswith("/") and words[4] != "0":
+            start, _, end = words[0].partition("-")
+            yield f"{int(start, 16):x}-{int(end, 16):x}", words[1], words[5]
+
+
+@dataclass(frozen=True)
+class Access:
+    """A file some task has: path, how (os.O_ flags), and which file it must be."""
+
+    path: str
+    flags: int
+    device: int
+    inode: int
+    holder: str
+
+
+def accesses(whole: Tree) -> list[Access]:
+    """Every file and directory with a name that the tasks have open, mapped, as program or as working directory."""
+    found: dict[tuple[str, int], Access] = {}
+
+    def note(link: str, flags: int, task: Task, path: str | None = None) -> None:
+        try:
+            name = path if path is not None else os.readlink(link)
+            status = os.stat(link)
+        except _GONE:
+            return
+        regular = stat.S_ISREG(status.st_mode)
+        if not name.startswith("/") or name.endswith(DELETED) or not (regular or stat.S_ISDIR(status.st_mode)):
+            return
+        found.setdefault((name, flags), Access(name, flags, status.st_dev, status.st_ino, str(task)))
+
+    for task in whole.tasks:
+        for fd, flags in _descriptor_flags(task.pid):
+            if not flags & os.O_PATH:
+                note(f"/proc/{task.pid}/fd/{fd}", flags & os.O_ACCMODE, task)
+        for address, permissions, path in mappings(task.pid):
+            writes = permissions[1] == "w" and permissions[3] == "s"
+            note(f"/proc/{task.pid}/map_files/{address}", os.O_RDWR if writes else os.O_RDONLY, task, path)
+        note(f"/proc/{task.pid}/exe", os.O_PATH, task)
+        note(f"/proc/{task.pid}/cwd", os.O_PATH, task)
+        note(f"/proc/{task.pid}/root", os.O_PATH, task)
+    return list(found.values())
+
+
+def below(path: str, places: Iterable[str]) -> bool:
+    """Whether `path` is one of the directories `places` or in one."""
+    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
+
+
+def check_accesses(wanted: Iterable[Access]) -> None:
+    """Open each file by its path with the same access, as whoever calls this (a child with the user's ids).
+
+    CRIU opened them as root. Raises CorruptError naming the first that this user cannot open or that is another file.
+    """
+    for access in wanted:
+        try:
+            fd = os.open(access.path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise CorruptError(
+                f"process {access.holder} has {access.path} open, which the user cannot open: {error.strerror}",
+                hint="the permissions of that file or of a directory above it have changed since the checkpoint",
+            ) from None
+        status = os.fstat(fd)
+        os.close(fd)
+        if (status.st_dev, status.st_ino) != (access.device, access.inode):
+            raise CorruptError(
+                f"process {access.holder} has another file open than the one now at {access.path}",
+                hint="something changed the job's files during the restore",
+            )

@@ -1,0 +1,242 @@
+"""Root's end of the store worker (hpccr.store.worker, whose docstring has the protocol): the child that does all I/O on
+the store, with the user's ids and no privileges. It is taken for hostile here."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import msgspec
+
+from hpccr.errors import HpccrError, error_for
+
+WORKER = 3
+"""Descriptor of the socket in the worker."""
+MAX_FRAME = 4 << 20
+STALL = 600.0
+"""Seconds without any progress of the worker after which a transfer is given up (a file system that hangs)."""
+BUFFER = 4 << 20
+"""Bytes of the socket to the worker, each way."""
+MAX_STDERR = 64 << 10
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_HEADER = struct.Struct("!I")
+
+
+class User(msgspec.Struct, frozen=True):
+    """The ids of the worker."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+
+class Data(msgspec.Struct, frozen=True, tag_field="t", tag="data"):
+    data: memoryview
+    """Of the frame itself, so that it is not copied."""
+
+
+class End(msgspec.Struct, frozen=True, tag_field="t", tag="end"):
+    pass
+
+
+class Ok(msgspec.Struct, frozen=True, tag_field="t", tag="ok"):
+    pass
+
+
+class Taken(msgspec.Struct, frozen=True, tag_field="t", tag="moved"):
+    """How many bytes and files of a flush the worker has taken over."""
+
+    done: int
+    files: int
+
+
+class FragmentText(msgspec.Struct, frozen=True, tag_field="t", tag="fragment"):
+    fragment: bytes
+
+
+class WorkerError(msgspec.Struct, frozen=True, tag_field="t", tag="error"):
+    message: str
+    hint: str
+    code: int
+
+
+FromWorker = Ok | Taken | FragmentText | Data | End | WorkerError
+
+
+class Worker:
+    """The child with the user's ids, and frames to and from it. Every wait has the deadline `stall`."""
+
+    def __init__(self, mode: str, user: User, *, stall: float = STALL) -> None:
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Either end may have got the worker's number, which is about to be used.
+        ours, theirs = (socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)) for end in pair)
+        for end in pair:
+            end.close()
+        ours.settimeout(stall)
+        for end in (ours, theirs):
+            _widen(end)
+        self._stall = stall
+        self._socket = ours
+        self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._stderr = bytearray()
+        # The socket is put at its number here: in the child it could overwrite a descriptor of subprocess's own.
+        os.dup2(theirs.fileno(), WORKER)
+        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "hpccr.store.worker", mode],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[WORKER],
+                cwd="/",
+                env=ENVIRONMENT | {"HOME": user.home},
+                umask=0o077,
+                user=user.uid,
+                group=user.gid,
+                extra_groups=list(user.groups),
+                preexec_fn=drop_privileges,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            ours.close()
+            raise HpccrError(f"cannot start the store worker as user {user.uid}: {error}") from None
+        finally:
+            os.close(WORKER)
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
+
+    def send(self, *, descriptor: int | None = None, **message: object) -> None:
+        """Raises what the worker complained of, or HpccrError if it is gone or stalls. Whoever uses ready() and
+        receive() in between learns of a complaint sooner."""
+        body = self._encoder.encode(message)
+        frame = _HEADER.pack(len(body)) + body
+        try:
+            if descriptor is not None:
+                sent = socket.send_fds(self._socket, [frame], [descriptor])
+                frame = frame[sent:]
+            self._socket.sendall(frame)
+        except TimeoutError:
+            raise self._stalled() from None
+        except OSError as error:
+            self._complaint()
+            raise self._lost(str(error)) from None
+
+    def ready(self) -> bool:
+        """Whether the worker has said something."""
+        return bool(select.select([self._socket], [], [], 0)[0])
+
+    def receive(self) -> Ok | Taken | FragmentText | Data | End:
+        """The next message. Raises as send()."""
+        try:
+            (length,) = _HEADER.unpack(self._exactly(_HEADER.size))
+            if length > MAX_FRAME:
+                raise self._lost(f"it sent a frame of {length} bytes")
+            message = self._decoder.decode(self._exactly(length))
+        except TimeoutError:
+            raise self._stalled() from None
+        except OSError as error:
+            raise self._lost(str(error)) from None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise self._lost(f"it sent what is no message: {error}") from None
+        if isinstance(message, WorkerError):
+            raise error_for(message.code, message.message, message.hint)
+        return message
+
+    def expect_ok(self) -> None:
+        message = self.receive()
+        if not isinstance(message, Ok):
+            raise self._lost(f"it sent {type(message).__name__} where ok was due")
+
+    def _exactly(self, count: int) -> bytearray:
+        # One deadline for the whole frame, looked at after each wait: a byte now and then is no progress.
+        deadline = time.monotonic() + self._stall
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            received = self._socket.recv_into(view)
+            if not received:
+                raise self._lost("it closed the connection")
+            view = view[received:]
+            if view and time.monotonic() > deadline:
+                raise TimeoutError
+        return data
+
+    def _complaint(self) -> None:
+        """Raise what the worker has said already, behind what it has taken over."""
+        while isinstance(message := self.receive(), Taken):
+            pass
+        raise self._lost(f"it sent {type(message).__name__} unasked")
+
+    def _stalled(self) -> HpccrError:
+        return HpccrError(
+            f"the store made no progress for {self._stall:.0f} s",
+            hint="is its file system mounted and answering on this node?",
+        )
+
+    def _lost(self, reason: str) -> HpccrError:
+        # Whatever it does now, it is not listened to any more.
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(1)
+        said = bytes(self._stderr[-1000:]).decode(errors="replace").strip()
+        return HpccrError(f"the store worker failed: {reason}" + (f"\n{said}" if said else ""))
+
+    def _read_stderr(self) -> None:
+        stream = self._process.stderr
+        if stream is None:
+            return
+        while chunk := os.read(stream.fileno(), 4096):
+            if len(self._stderr) < MAX_STDERR:
+                self._stderr += chunk
+
+    def close(self) -> None:
+        """End it: told by the end of the socket it cleans up after itself, else it is killed."""
+        self._socket.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _widen(sock: socket.socket) -> None:
+    """Room for a few frames of data, so that neither end waits for the other at each."""
+    for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, BUFFER)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, BUFFER)
+
+
+def drop_privileges() -> None:
+    """In the worker, before exec: no capability, none to gain, no core file, dies with the transfer."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prctl(*arguments: int) -> None:
+        padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:5]]
+        if libc.prctl(*padded):
+            raise OSError(ctypes.get_errno(), "prctl")
+
+    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getuid() == 0:
+        prctl(28, 0b11)  # PR_SET_SECUREBITS: SECBIT_NOROOT and its lock, so that exec gives root nothing back
+    # capset(2), version 3: effective, permitted, inheritable, in two halves.
+    header, nothing = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+    if libc.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "capset")
+    prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

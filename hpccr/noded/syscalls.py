@@ -1,0 +1,137 @@
+"""System calls that Python's os module lacks, each with one errno check. Numbers and flags: Linux uapi headers.
+
+Every function raises OSError with what the kernel said; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Iterable
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+
+CLOSE_RANGE_CLOEXEC = 4
+
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+_CAPABILITY_VERSION_3 = 0x20080522
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "ppc64le": 271, "s390x": 280}
+_SYS_PIDFD_GETFD = 438  # the same on every architecture
+_LAST_CAP = "/proc/sys/kernel/cap_last_cap"
+
+
+def _check(result: int, *what: object) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{' '.join(str(w) for w in what)}: {os.strerror(number)}")
+    return result
+
+
+def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    encoded = (source.encode(), target.encode(), fstype.encode() or None)
+    _check(_libc.mount(*encoded, ctypes.c_ulong(flags), data.encode() or None), "mount", fstype or source, "on", target)
+
+
+def umount(target: str) -> None:
+    _check(_libc.umount2(target.encode(), 0), "umount", target)
+
+
+def prctl(option: int, *arguments: int) -> int:
+    padded = (*arguments, *(0,) * (4 - len(arguments)))
+    return _check(_libc.prctl(option, *(ctypes.c_ulong(a) for a in padded)), "prctl", option)
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
+    _check(_libc.close_range(ctypes.c_uint(first), ctypes.c_uint(last), flags), "close_range", first, last)
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close every descriptor from 3 on that is not in `keep`."""
+    first = 3
+    for fd in sorted(set(keep)):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = max(first, fd + 1)
+    close_range(first)
+
+
+def clear_capabilities() -> None:
+    """Empty the effective, permitted and inheritable sets of the calling thread."""
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    _check(_libc.capset(header, bytes(24)), "capset")
+
+
+def drop_bounding_set() -> None:
+    """Nothing executed from here on can gain a capability, whatever the file says. Needs CAP_SETPCAP."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    with open(_LAST_CAP) as file:
+        last = int(file.read())
+    for capability in range(last + 1):
+        prctl(PR_CAPBSET_DROP, capability)
+
+
+def join_new_session_keyring() -> None:
+    """Leave the inherited session keyring (root's) for an empty one; does nothing where the number is not known."""
+    number = _SYS_KEYCTL.get(platform.machine())
+    if number is not None:
+        _check(_libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl", "JOIN_SESSION_KEYRING")
+
+
+def disconnect(fd: int) -> None:
+    """Take a datagram socket's peer away (connect(2) with AF_UNSPEC)."""
+    unspecified = struct.pack("H14x", 0)
+    _check(_libc.connect(fd, unspecified, len(unspecified)), "connect", "AF_UNSPEC")
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A duplicate of descriptor `fd` of the process behind `pidfd`; close-on-exec."""
+    return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd", fd)
+
+
+_PTRACE_STEP, _PTRACE_GETREGS, _PTRACE_SETREGS, _PTRACE_DETACH = 9, 12, 13, 17
+_PTRACE_SEIZE, _PTRACE_INTERRUPT = 0x4206, 0x4207
+
+
+def _ptrace(request: int, pid: int, data: object = None) -> None:
+    _check(_libc.ptrace(ctypes.c_long(request), pid, None, data), "ptrace", hex(request), pid)
+
+
+def ptrace_seize(pid: int) -> None:
+    _ptrace(_PTRACE_SEIZE, pid)
+
+
+def ptrace_interrupt(pid: int) -> None:
+    _ptrace(_PTRACE_INTERRUPT, pid)
+
+
+def ptrace_step(pid: int) -> None:
+    """Let a stopped tracee execute one instruction, system calls included."""
+    _ptrace(_PTRACE_STEP, pid)
+
+
+def ptrace_detach(pid: int) -> None:
+    _ptrace(_PTRACE_DETACH, pid)
+
+
+def ptrace_get_registers(pid: int, into: ctypes.Structure) -> None:
+    """into: struct user_regs_struct of this architecture."""
+    _ptrace(_PTRACE_GETREGS, pid, ctypes.byref(into))
+
+
+def ptrace_set_registers(pid: int, values: ctypes.Structure) -> None:
+    _ptrace(_PTRACE_SETREGS, pid, ctypes.byref(values))

@@ -1,0 +1,80 @@
+"""hpccrd's end of a transfer process (see noded.transfer)."""
+
+from __future__ import annotations
+
+import asyncio
+import pwd
+import sys
+from collections.abc import Callable
+from typing import IO
+
+import msgspec
+
+from hpccr.errors import HpccrError, error_for
+from hpccr.noded.control import Identity
+from hpccr.noded.spawned import Spawned, read_line, read_pipe
+from hpccr.noded.spool import Directory
+from hpccr.noded.storeworker import User
+from hpccr.noded.transfer import Event, FetchJob, Finished, FlushJob, Moved, Refused
+
+MAX_EVENT = 1 << 20
+"""Bytes of an event line; the longest carries a CapsuleImage, which fitted into a control packet."""
+
+
+def user(identity: Identity) -> User:
+    try:
+        home = pwd.getpwuid(identity.uid).pw_dir
+    except KeyError:
+        home = "/"
+    return User(uid=identity.uid, gid=identity.gid, groups=identity.groups, home=home)
+
+
+class Transfer:
+    """One transfer process. It holds the lock of the spool directory too, so it may outlive hpccrd."""
+
+    def __init__(self, directory: Directory, label: str) -> None:
+        self._spawned = Spawned(
+            [sys.executable, "-I", "-m", "hpccr.noded.transfer", str(directory.fd)],
+            label=label,
+            descriptors=[directory.fd],
+            talks=True,
+        )
+
+    async def run(self, job: FlushJob | FetchJob, moved: Callable[[Moved], None]) -> Finished:
+        """Carry it out. Raises what the transfer was refused for. Cancelling kills a fetch; a flush goes on alone."""
+        try:
+            result = await self._converse(job, moved)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and isinstance(job, FlushJob):
+                raise
+            self._spawned.kill()
+            await asyncio.shield(self._reap())
+            raise
+        await self._reap()
+        if isinstance(result, Refused):
+            raise error_for(result.code, result.message, result.hint)
+        if not isinstance(result, Finished):
+            raise HpccrError(f"the transfer process ended unexpectedly\n{self._spawned.last_words}".rstrip())
+        return result
+
+    async def _converse(self, job: FlushJob | FetchJob, moved: Callable[[Moved], None]) -> Event | None:
+        result: Event | None = None
+        reader = await read_pipe(self._spawned.output.fileno(), limit=MAX_EVENT)
+        await asyncio.to_thread(_give, self._spawned.input, msgspec.msgpack.encode(job))
+        while line := await read_line(reader):
+            event = msgspec.json.decode(line, type=Event)
+            if isinstance(event, Moved):
+                moved(event)
+            else:
+                result = event
+        return result
+
+    async def _reap(self) -> None:
+        await self._spawned.wait()
+        await self._spawned.close()
+
+
+def _give(stream: IO[bytes], data: bytes) -> None:
+    """In a thread: the pipe may be smaller than the job."""
+    with stream:
+        stream.write(data)

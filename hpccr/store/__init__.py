@@ -1,0 +1,1 @@
+"""The store: checkpoints on shared storage, the user's own. Knows neither Slurm nor CRIU."""

@@ -1,0 +1,73 @@
+"""Where CRIU's page images are to be cut, so that a page finds its twin in the checkpoint before.
+
+pages-N.img holds the contents of pages one after another; the pagemap image with the same pages_id says at which
+addresses they were (images/pagemap.proto of CRIU). A page that is new shifts all that come after it, so blocks are cut
+at addresses and not at offsets: a block never reaches over a multiple of the block size in the address space.
+"""
+
+from __future__ import annotations
+
+import mmap
+from array import array
+from collections.abc import Iterator
+
+PREFIX = "pagemap-"
+"""Names of pagemap images begin with this, of page images with "pages-"."""
+
+_MAGIC_BYTES = 8
+"""Two magic numbers in front of every CRIU image."""
+_PRESENT = 1 << 2
+"""PE_PRESENT: the pages are in this image."""
+
+
+def pages_name(pages_id: int) -> str:
+    return f"pages-{pages_id}.img"
+
+
+def cuts(pagemap: bytes, block: int) -> tuple[int, array[int]]:
+    """(pages_id, offsets in its page image at which a block ends, ascending) of a pagemap image.
+
+    No block is longer than `block`, a power of two of at least a page. Needs pycriu: raises ImportError without it,
+    ValueError for what is no pagemap image.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from pycriu.images import pagemap_pb2
+
+    ends = array("Q")
+    head = pagemap_pb2.pagemap_head()
+    entry = pagemap_pb2.pagemap_entry()
+    begin = offset = 0
+    window = -1
+    try:
+        messages = _messages(pagemap)
+        head.ParseFromString(next(messages))
+        for message in messages:
+            entry.ParseFromString(message)
+            if not (entry.flags & _PRESENT if entry.HasField("flags") else not entry.in_parent):
+                continue
+            address = entry.vaddr
+            end = address + (entry.nr_pages or entry.compat_nr_pages) * mmap.PAGESIZE
+            while address < end:
+                step = min(end, (address // block + 1) * block) - address
+                if offset > begin and (address // block != window or offset + step - begin > block):
+                    ends.append(offset)
+                    begin = offset
+                window = address // block
+                offset += step
+                address += step
+    except (DecodeError, StopIteration) as error:
+        raise ValueError(f"not a pagemap image: {error}") from None
+    if offset > begin:
+        ends.append(offset)
+    return head.pages_id, ends
+
+
+def _messages(image: bytes) -> Iterator[bytes]:
+    view = memoryview(image)
+    at = _MAGIC_BYTES
+    while at < len(view):
+        size = int.from_bytes(view[at : at + 4], "little")
+        at += 4 + size
+        if at > len(view):
+            raise ValueError("a pagemap image that is cut off")
+        yield bytes(view[at - size : at])

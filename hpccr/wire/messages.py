@@ -1,0 +1,433 @@
+"""All messages of hpccr.
+
+Three conversations use them, each message in one msgpack frame (wire.frames):
+- coordinator <-> agent, TCP, after wire.handshake
+- agent <-> hpccrd, unix stream socket, descriptors beside the frame where a docstring says so. The agent passes the
+  coordinator's requests on and the answers back, adding the descriptors and draining stdio: so both conversations
+  use the same requests and replies.
+- client (`hpccr checkpoint|status`) <-> coordinator, TCP, after wire.handshake.
+
+Requests on one capsule are strictly one after the other: each gets exactly one reply (the class named in its
+docstring, or Failed), except Signal (none), Abort (may be sent while another request is under way: that one then
+answers Failed and Abort answers Aborted) and Destroy. Exited, Flushing, Flushed and FlushFailed are events and come
+at any time after what caused them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from hpccr.model import CheckpointId, Count, Index, Sequence, StepKey
+
+PROTOCOL = 1
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages; the class name is the tag."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """How capsule `capsule` is reached on its node: underlay address, VXLAN network identifier.
+
+    ticket: keyed BLAKE3 (site key) over the other fields, step key and uid, made by the hpccrd that owns the capsule
+    and checked by the ones that connect to it: a user can only join capsules of its own.
+    """
+
+    capsule: Index
+    address: str
+    vni: int
+    ticket: str
+
+
+# --- requests on a capsule --------------------------------------------------------------------------------------
+
+
+class Create(Message, frozen=True):
+    """Make capsule number `capsule` of `capsules`. First request on a lease. Reply: Created.
+
+    incarnation counts the starts and restores of the step; secret (hex) is the step's.
+    """
+
+    protocol: int
+    key: StepKey
+    capsule: Index
+    capsules: Count
+    incarnation: int
+    secret: str
+
+
+class Connect(Message, frozen=True):
+    """Join the capsule to its peers (one Endpoint per capsule of the step, its own included). Reply: Connected."""
+
+    peers: tuple[Endpoint, ...]
+
+
+class Start(Message, frozen=True):
+    """Start the launch root. Descriptors to hpccrd: stdin (only if stdin == "pipe"), stdout, stderr (not if merged).
+
+    argv: the user's command, empty in capsules other than 0. env: whole environment. cwd: absolute.
+    merged: stdout and stderr are one pipe. Limits, umask, CPU affinity and ids come from the requesting process.
+    Reply: Started.
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+    stdin: str
+    merged: bool
+
+
+class Signal(Message, frozen=True):
+    """Send a signal to the launch root, which passes it to the command. No reply."""
+
+    signum: int
+
+
+class Prepare(Message, frozen=True):
+    """Check that the capsule can be dumped and start CRIU up to the freeze. Reply: Prepared."""
+
+    sequence: Sequence
+    checkpoint: CheckpointId
+
+
+class Freeze(Message, frozen=True):
+    """Stop all tasks and hold the network. Reply: Frozen."""
+
+
+class Dump(Message, frozen=True):
+    """Write the images to the spool. Reply: Dumped."""
+
+
+class Release(Message, frozen=True):
+    """Let the tasks run again (kill=False) or kill them (kill=True). Reply: Released."""
+
+    kill: bool
+
+
+class Abort(Message, frozen=True):
+    """Give the checkpoint under way up: tasks go on, the hold comes off, the spool is emptied. Reply: Aborted."""
+
+    reason: str
+
+
+class Flush(Message, frozen=True):
+    """Copy the released checkpoint to `directory` (the capsule's directory in the store; made by the user's worker).
+
+    Reply: FlushStarted; later Flushing events, then Flushed or FlushFailed. The flush goes on when the lease ends.
+    level: of zstd.
+    """
+
+    directory: str
+    level: Annotated[int, msgspec.Meta(ge=1, le=19)] = 1
+
+
+class Restore(Message, frozen=True):
+    """Fetch the fragment in `directory`, verify it and restore the tasks up to the point before they run.
+
+    Instead of Start. Descriptors as Start; `stdin` and `merged` must be as they were at the first start.
+    Reply: Restored, all tasks stopped and the network held.
+    """
+
+    directory: str
+    sequence: Sequence
+    checkpoint: CheckpointId
+    stdin: str
+    merged: bool
+
+
+class Resume(Message, frozen=True):
+    """Let the restored tasks run; the hold stays. Reply: Resumed."""
+
+
+class Unhold(Message, frozen=True):
+    """Take the hold off. Reply: Unheld."""
+
+
+class Destroy(Message, frozen=True):
+    """Kill the capsule and end the lease. Reply: Destroyed, when nothing of it is left."""
+
+
+# --- replies and events -----------------------------------------------------------------------------------------
+
+
+class Created(Message, frozen=True):
+    endpoint: Endpoint
+    node: str
+    cpu_flags: tuple[str, ...]
+
+
+class Connected(Message, frozen=True):
+    pass
+
+
+class Started(Message, frozen=True):
+    pid: int
+    """Of the launch root, inside the capsule."""
+
+
+class Prepared(Message, frozen=True):
+    estimate: int
+    """Bytes the dump may take, at most."""
+
+
+class Frozen(Message, frozen=True):
+    """All tasks are stopped. On its way to the coordinator the agent drains stdout and stderr first (Output comes
+    before) and fills in stdin_consumed: bytes of Input that the job has read since this start or restore."""
+
+    stdin_consumed: int = 0
+
+
+class Dumped(Message, frozen=True):
+    bytes: int
+
+
+class Released(Message, frozen=True):
+    """frozen_seconds: how long the tasks were stopped. With kill=True no Exited follows."""
+
+    frozen_seconds: float
+    criu_freeze_seconds: float = 0.0
+    """CRIU's own figure (stats-dump: freezing_time + frozen_time)."""
+
+
+class Aborted(Message, frozen=True):
+    pass
+
+
+class FlushStarted(Message, frozen=True):
+    pass
+
+
+class Flushing(Message, frozen=True):
+    sequence: int
+    done: int
+    total: int
+
+
+class Flushed(Message, frozen=True):
+    """The fragment is published in the store."""
+
+    sequence: int
+    bytes: int
+    seconds: float
+
+
+class FlushFailed(Message, frozen=True):
+    sequence: int
+    message: str
+    hint: str = ""
+
+
+class Restored(Message, frozen=True):
+    fetch_seconds: float
+    restore_seconds: float
+    bytes: int
+    tasks: int
+
+
+class Resumed(Message, frozen=True):
+    pass
+
+
+class Unheld(Message, frozen=True):
+    pass
+
+
+class Destroyed(Message, frozen=True):
+    pass
+
+
+class Exited(Message, frozen=True):
+    """The launch root ended: `code` as a shell would give it (128 + signal for a signal)."""
+
+    code: int
+
+
+class Failed(Message, frozen=True):
+    """The request failed; see errors.HpccrError. The capsule is as it was before the request, except after Create,
+    Connect, Start and Restore, when it is gone."""
+
+    code: int
+    message: str
+    hint: str = ""
+    node: str = ""
+
+
+# --- coordinator <-> agent only ---------------------------------------------------------------------------------
+
+
+class Join(Message, frozen=True):
+    """First message of an agent: the node it runs on, its rank in the helper step."""
+
+    node: str
+    rank: int
+    pid: int
+
+
+class Assign(Message, frozen=True):
+    """The coordinator's answer to Join."""
+
+    capsule: Index
+
+
+class Output(Message, frozen=True):
+    """Bytes the job wrote to stdout (1) or stderr (2)."""
+
+    stream: Annotated[int, msgspec.Meta(ge=1, le=2)]
+    data: bytes
+
+
+class Input(Message, frozen=True):
+    """Bytes for the job's stdin; empty: end of input."""
+
+    data: bytes
+
+
+class InputTaken(Message, frozen=True):
+    """The agent has written that many more bytes of Input into the job's stdin: flow control."""
+
+    count: int
+
+
+class OutputTaken(Message, frozen=True):
+    """The coordinator has written that many bytes of Output to the job's stdout or stderr: flow control."""
+
+    count: int
+
+
+class Ping(Message, frozen=True):
+    """Heartbeat, both ways; answered by nothing."""
+
+
+class Signalled(Message, frozen=True):
+    """The agent got a signal from Slurm: SIGTERM goes to the processes of helper steps when a job is preempted with
+    GraceTime, and does not reach the batch script."""
+
+    signum: int
+
+
+class Log(Message, frozen=True):
+    """A line for the step's log, from an agent."""
+
+    level: str
+    text: str
+
+
+# --- probe (hpccr doctor -> hpccrd) -----------------------------------------------------------------------------
+
+
+class Probe(Message, frozen=True):
+    """Ask hpccrd what its node can do. First and only request on a connection. Reply: Probed."""
+
+    protocol: int
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One finding: ok, or what is wrong and what to do about it."""
+
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""
+
+
+class Probed(Message, frozen=True):
+    node: str
+    version: str
+    checks: tuple[Check, ...]
+    leases: int
+    """Capsules of the asking user on this node."""
+
+
+# --- client <-> coordinator -------------------------------------------------------------------------------------
+
+
+class CheckpointRequest(Message, frozen=True):
+    """Make a checkpoint now. requeue: kill the tasks at release and requeue the job. wait: until it is durable.
+
+    Replies: Progress events, then CheckpointReply or Failed.
+    """
+
+    requeue: bool
+    wait: bool
+    reason: str
+
+
+class Progress(Message, frozen=True):
+    phase: str
+    done: int
+    total: int
+
+
+class CheckpointReply(Message, frozen=True):
+    sequence: int
+    freeze_seconds: float
+    total_seconds: float
+    """From the request to the release of the tasks."""
+    bytes: int
+    durable: bool
+
+
+class StatusRequest(Message, frozen=True):
+    """Reply: StatusReply."""
+
+
+class StatusReply(Message, frozen=True):
+    """status: JSON text of coordinator.status.StepStatus."""
+
+    status: str
+
+
+NodeRequest = (
+    Create
+    | Connect
+    | Start
+    | Signal
+    | Prepare
+    | Freeze
+    | Dump
+    | Release
+    | Abort
+    | Flush
+    | Restore
+    | Resume
+    | Unhold
+    | Destroy
+    | Probe
+)
+"""What hpccrd accepts."""
+
+NodeReply = (
+    Created
+    | Connected
+    | Started
+    | Prepared
+    | Frozen
+    | Dumped
+    | Released
+    | Aborted
+    | FlushStarted
+    | Flushing
+    | Flushed
+    | FlushFailed
+    | Restored
+    | Resumed
+    | Unheld
+    | Destroyed
+    | Exited
+    | Failed
+    | Probed
+)
+"""What hpccrd sends."""
+
+AgentMessage = NodeReply | Join | Output | InputTaken | Ping | Log | Signalled
+"""What an agent sends to the coordinator."""
+
+CoordinatorMessage = NodeRequest | Assign | Input | OutputTaken | Ping
+"""What the coordinator sends to an agent."""
+
+ClientMessage = CheckpointRequest | StatusRequest
+ClientReply = Progress | CheckpointReply | StatusReply | Failed
+FirstMessage = Join | CheckpointRequest | StatusRequest
+"""What the coordinator accepts first on a connection."""

@@ -1,0 +1,318 @@
+"""How fast a flush is, how much memory it takes and how much it stores, against the tools that do parts of it.
+
+    flush.py [--size MIB] [--level N] [--dirty PART] [--checkpoints N] [--rounds N]
+
+Run as root inside a node (`run.py flush` does). The images are made up: ranks with zeros, tables, random numbers and
+text, of which a part changes from one checkpoint to the next, and a mapping that grows at a low address, so that all
+that follows shifts within the image. Prints ratios of one run:
+  throughput of a flush to that of `zstd -T0` and of BLAKE3 (each alone, over the same files, output synced)
+  throughput of a fetch to that of a plain copy
+  bytes stored per checkpoint to the size of its images
+  peak memory of the larger of the two processes of a flush, MiB
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import pwd
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RANKS = 4
+PAGE = 4096
+USER = "user1"
+"""Whose store it is."""
+
+
+def measure(cluster: Any, repetitions: int) -> None:
+    """From outside: on a node of a running cluster."""
+    del repetitions
+    print(cluster.check("node1", "/opt/hpccr/bin/python", "/src/tests/bench/flush.py", timeout=600))
+
+
+class Images:
+    """A directory of images as CRIU makes them: a pagemap and pages for each rank."""
+
+    def __init__(self, size: int) -> None:
+        self._random = random.Random(1)
+        self._pages = size // RANKS // PAGE
+        self._grown = 1
+        self._contents = [
+            [self._page(number * 4 // self._pages) for number in range(self._pages)] for _ in range(RANKS)
+        ]
+
+    def _page(self, kind: int) -> bytes:
+        if kind == 0:
+            return bytes(PAGE)
+        if kind == 1:
+            return b"".join(self._random.randrange(1 << 12).to_bytes(8, "little") for _ in range(PAGE // 8))
+        if kind == 2:
+            return self._random.randbytes(PAGE)
+        return (b"%d of a text that goes on and on " % self._random.randrange(1 << 30)) * (PAGE // 33) + bytes(PAGE)
+
+    def change(self, part: float) -> None:
+        """Runs of pages change, `part` of all; the heap of each rank grows by a few pages."""
+        self._grown += 3
+        for pages in self._contents:
+            for _ in range(int(len(pages) * part / 64)):
+                start = self._random.randrange(len(pages) - 64)
+                for number in range(start, start + 64):
+                    pages[number] = self._page(2)
+
+    def write(self, directory: Path) -> int:
+        from pycriu.images import pagemap_pb2
+
+        directory.mkdir()
+        for rank, pages in enumerate(self._contents):
+            runs = ((0x1000, self._grown), (0x7F0000, len(pages)))
+            messages = [pagemap_pb2.pagemap_head(pages_id=rank)]
+            for first, count in runs:
+                messages.append(pagemap_pb2.pagemap_entry(vaddr=first * PAGE, compat_nr_pages=count, flags=4))
+            with (directory / f"pagemap-{rank}.img").open("wb") as file:
+                file.write(bytes(8))
+                for message in messages:
+                    text = message.SerializeToString()
+                    file.write(len(text).to_bytes(4, "little") + text)
+            with (directory / f"pages-{rank}.img").open("wb") as file:
+                for _ in range(self._grown):
+                    file.write(self._random.randbytes(PAGE))
+                for page in pages:
+                    file.write(page[:PAGE])
+        os.sync()
+        return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def alone(*arguments: object) -> tuple[float, int]:
+    """This script's --one in a process of its own: (seconds, peak KiB of the larger of its two processes)."""
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    took, peak = json.loads(done.stdout.splitlines()[-1])
+    return took, peak
+
+
+def one(what: str, spool: str, store: str, sequence: str, level: str) -> None:
+    act = {"flush": flush, "fetch": fetch}[what]
+    peaks = {0: 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        # The peak of a process stays until it ends; getrusage() would count what its parent had before exec.
+        while not done.wait(0.02):
+            for pid in (os.getpid(), *children()):
+                peaks[pid] = max(peaks.get(pid, 0), peak_of(pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    took = seconds(act, Path(spool), Path(store), int(sequence), int(level))
+    done.set()
+    watcher.join()
+    print(json.dumps((took, max(peaks.values()))))
+
+
+def children() -> list[int]:
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return [int(pid) for pid in found.split()]
+
+
+def peak_of(pid: int) -> int:
+    """KiB; 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+def seconds(act: Callable[..., object], *arguments: object) -> float:
+    began = time.monotonic()
+    act(*arguments)
+    return time.monotonic() - began
+
+
+def flush(spool: Path, store: Path, sequence: int, level: int) -> None:
+    """As hpccrd's transfer process does it, with a worker of its own."""
+    from hpccr.model import FORMAT, CapsuleImage, Fragment, Stdio, StepKey
+    from hpccr.noded import transfer
+
+    fragment = Fragment(
+        format=FORMAT,
+        key=StepKey(cluster="bench", job="1", step="0"),
+        checkpoint=f"{sequence:032x}",
+        sequence=sequence,
+        capsule=0,
+        capsules=1,
+        uid=user().pw_uid,
+        gid=user().pw_gid,
+        created=0.0,
+        node="node1",
+        image=CapsuleImage(root_pid=300, max_pid=300, tasks=RANKS, stdio=Stdio(0, 1, 1)),
+        files=(),
+    )
+    job = transfer.FlushJob(
+        user=the_user(),
+        key=bytes(32),
+        directory=str(capsule(store, sequence)),
+        spool=str(spool),
+        fragment=fragment,
+        level=level,
+    )
+    fd = opened(spool)
+    try:
+        transfer.flush(job, fd)
+    finally:
+        os.close(fd)
+
+
+def fetch(spool: Path, store: Path, sequence: int, level: int) -> None:
+    del level
+    from hpccr.model import StepKey
+    from hpccr.noded import transfer
+
+    job = transfer.FetchJob(
+        user=the_user(),
+        key=bytes(32),
+        directory=str(capsule(store, sequence)),
+        room=1 << 50,
+        step=StepKey(cluster="bench", job="1", step="0"),
+        checkpoint=f"{sequence:032x}",
+        sequence=sequence,
+        capsule=0,
+        capsules=1,
+    )
+    spool.mkdir()
+    fd = opened(spool)
+    try:
+        transfer.fetch(job, fd)
+    finally:
+        os.close(fd)
+    os.sync()
+
+
+def opened(directory: Path) -> int:
+    """A descriptor at a number that leaves the worker's free."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return high
+
+
+def user() -> pwd.struct_passwd:
+    return pwd.getpwnam(USER)
+
+
+def the_user() -> Any:
+    from hpccr.noded.storeworker import User
+
+    return User(uid=user().pw_uid, gid=user().pw_gid, groups=(), home=user().pw_dir)
+
+
+def capsule(store: Path, sequence: int) -> Path:
+    return store / f"ckpt-{sequence:06d}" / "capsule-0"
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    os.sync()
+    return target
+
+
+def hashed(directory: Path) -> None:
+    from blake3 import blake3
+
+    for path in sorted(directory.iterdir()):
+        hasher = blake3(max_threads=blake3.AUTO)
+        hasher.update_mmap(path)
+        hasher.digest()
+
+
+def zstd(directory: Path, target: Path, level: int) -> None:
+    files = sorted(map(str, directory.iterdir()))
+    with target.open("wb") as out:
+        subprocess.run(["zstd", "-T0", f"-{level}", "-q", "-c", *files], stdout=out, check=True)
+        os.fsync(out.fileno())
+
+
+def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    images = Images(options.size << 20)
+    source = work / "images"
+    size = images.write(source)
+    results = speed(work, source, options)
+    results["zstd, bytes to images"] = round((work / "z").stat().st_size / size, 3)
+    stored: list[float] = []
+    peaks: list[int] = []
+    store = made(work / "store")
+    for sequence in range(1, options.checkpoints + 1):
+        _, peak = alone("flush", copied(source, work / "spool"), store, sequence, options.level)
+        peaks.append(peak >> 10)
+        new = sum(path.stat().st_size for path in capsule(store, sequence).iterdir() if path.stat().st_nlink == 1)
+        stored.append(round(new / size, 3))
+        shutil.rmtree(source)
+        images.change(options.dirty)
+        size = images.write(source)
+    results["bytes stored to images, each checkpoint"] = stored
+    results["peak memory of a process of a flush, MiB"] = max(peaks)
+    return results
+
+
+def speed(work: Path, source: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Ratios of the best of several rounds, in each of which everything is done once: others use the machine too."""
+    times: dict[str, float] = {}
+
+    def note(what: str, took: float) -> None:
+        times[what] = min(times.get(what, took), took)
+
+    for number in range(options.rounds):
+        store, back, copy = made(work / f"store-{number}"), work / "back", work / "copy"
+        note("zstd", seconds(zstd, source, work / "z", options.level))
+        note("hash", seconds(hashed, source))
+        note("flush", alone("flush", copied(source, work / "spool"), store, 1, options.level)[0])
+        note("copy", seconds(copied, source, copy))
+        note("fetch", alone("fetch", back, store, 1, 0)[0])
+        subprocess.run(["diff", "-r", str(source), str(back)], check=True)
+        for path in (store, back, copy):
+            shutil.rmtree(path)
+    slower = max(times["zstd"], times["hash"])
+    return {
+        "flush to the slower of zstd -T0 and BLAKE3, throughput": round(slower / times["flush"], 2),
+        "fetch to copy, throughput": round(times["copy"] / times["fetch"], 2),
+    }
+
+
+def made(store: Path) -> Path:
+    store.mkdir()
+    os.chown(store, user().pw_uid, user().pw_gid)
+    return store
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=512, help="MiB of images (default: 512)")
+    parser.add_argument("--level", type=int, default=1)
+    parser.add_argument("--dirty", type=float, default=0.1, help="part that changes between checkpoints (default: 0.1)")
+    parser.add_argument("--checkpoints", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        one(*options.one)
+        return 0
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        work = Path(directory)
+        work.chmod(0o755)
+        print(json.dumps(run(work, options), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

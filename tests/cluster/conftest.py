@@ -1,0 +1,123 @@
+"""The cluster that the tests run on, and the check after every test that nothing is left on any node."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import pytest
+
+from jobs import Jobs
+from leftovers import added
+from nodes import Cluster
+from waiting import Late, soak, wait_for
+from workloads import Workloads
+
+TEST_LIMIT = 900 if soak() else 240
+"""Seconds for one test; every wait in it has a shorter deadline of its own."""
+CLEAN_WITHIN = 20.0
+"""Seconds for the last trace of a job to go: capsules are taken down after Slurm has forgotten the job."""
+SEED = int(os.environ.get("HPCCR_SEED") or random.SystemRandom().randrange(1, 1 << 31))
+
+
+def pytest_report_header() -> str:
+    form = "long" if soak() else "short"
+    return f"cluster: {_name()}; {form} form (HPCCR_SOAK=1 selects the long one); HPCCR_SEED={SEED}"
+
+
+def _name() -> str:
+    return os.environ.get("HPCCR_TESTBED") or "tests"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise Late(f"the test is not done after {TEST_LIMIT} s")
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(TEST_LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """To a failure belong the files of the test's jobs and the daemons' logs."""
+    outcome = yield
+    report = outcome.get_result()
+    jobs = getattr(item, "funcargs", {}).get("jobs")
+    if report.failed and isinstance(jobs, Jobs) and call.when == "call":
+        try:
+            report.sections.append(("jobs and nodes", jobs.report(jobs.cluster.nodes)))
+        except Exception as error:
+            report.sections.append(("jobs and nodes", f"no report: {error!r}"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The running cluster that HPCCR_TESTBED names, as it is; or a new one of four nodes, taken down at the end."""
+    running = Cluster.running(_name())
+    if running is not None:
+        yield running
+        return
+    fresh = Cluster.up(_name())
+    try:
+        yield fresh
+    finally:
+        fresh.down()
+
+
+@pytest.fixture(scope="session")
+def workloads(cluster: Cluster) -> Workloads:
+    return Workloads(cluster, SEED)
+
+
+def snapshots(cluster: Cluster) -> dict[str, dict[str, list[str]]]:
+    """What is on each node."""
+
+    def one(node: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = json.loads(
+            cluster.check(node, "python3", "/src/tests/cluster/leftovers.py", timeout=30)
+        )
+        return found
+
+    nodes = ("ctl", *cluster.nodes)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(nodes, pool.map(one, nodes), strict=True))
+
+
+@pytest.fixture
+def untouched(cluster: Cluster) -> Iterator[None]:
+    """After the test every node is as it was before. First of a test's fixtures, so that it looks last."""
+    before = snapshots(cluster)
+    yield
+    differences: list[str] = []
+
+    def clean() -> bool:
+        after = snapshots(cluster)
+        differences[:] = [f"{node}: {line}" for node in before for line in added(before[node], after[node])]
+        return not differences
+
+    try:
+        wait_for("nodes as they were before", clean, within=CLEAN_WITHIN, every=0.5)
+    except Late:
+        pytest.fail("the test left something behind:\n" + "\n".join(differences), pytrace=False)
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, untouched: None, request: pytest.FixtureRequest) -> Iterator[Jobs]:
+    """Where a test submits its jobs."""
+    made = Jobs(cluster, re.sub(r"[^A-Za-z0-9_.-]+", "-", request.node.name).strip("-"))
+    try:
+        yield made
+    finally:
+        made.clear()

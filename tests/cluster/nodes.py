@@ -1,0 +1,257 @@
+"""The test cluster seen from the machine that it runs on: commands on its nodes, its shared storage, its troubles."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from waiting import wait_for
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TESTBED = CHECKOUT / "tests" / "testbed" / "testbed"
+USERS = {"user1": 1001, "user2": 1002}
+SPOOL = "/var/spool/hpccr"
+
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT = 428, 429
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+_CLONE_NEWNS = 0x00020000
+
+
+class Failure(AssertionError):
+    """A command on a node ended otherwise than it should."""
+
+
+class Cluster:
+    """A running testbed. Paths on nodes are given as nodes see them, unless a docstring says otherwise."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.environment = {**os.environ, "HPCCR_TESTBED": name}
+        rows = json.loads(self._testbed("status", "--json").stdout)
+        self.nodes: tuple[str, ...] = tuple(row["node"] for row in rows if row["node"] != "ctl")
+        self.shared = Path(self._testbed("path", "shared").stdout.strip())
+        """/shared, as this machine sees it."""
+
+    @classmethod
+    def running(cls, name: str) -> Cluster | None:
+        """The cluster if it is up and every node of it runs."""
+        environment = {**os.environ, "HPCCR_TESTBED": name}
+        found = subprocess.run([TESTBED, "status", "--json"], env=environment, capture_output=True, text=True)
+        if found.returncode or any(row["state"] != "running" for row in json.loads(found.stdout)):
+            return None
+        return cls(name)
+
+    @classmethod
+    def up(cls, name: str, nodes: int = 4) -> Cluster:
+        """Boot a cluster."""
+        environment = {**os.environ, "HPCCR_TESTBED": name}
+        subprocess.run([TESTBED, "up", "--nodes", str(nodes)], env=environment, check=True)
+        return cls(name)
+
+    def down(self) -> None:
+        self._testbed("down")
+
+    def _testbed(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [TESTBED, *arguments], env=self.environment, capture_output=True, text=True, check=True, timeout=180
+        )
+
+    def kill(self, node: str) -> None:
+        self._testbed("kill", node)
+
+    def start(self, node: str) -> None:
+        self._testbed("start", node)
+
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def command(self, node: str, *command: str, user: str = "root") -> list[str]:
+        """What runs `command` on a node: an argument list for this machine (with `environment`)."""
+        return [str(TESTBED), "exec", node, "--user", user, "--", *command]
+
+    def run(
+        self, node: str, *command: str, user: str = "root", input: str | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on a node to its end, whatever its exit code."""
+        return subprocess.run(
+            self.command(node, *command, user=user),
+            env=self.environment,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+
+    def check(
+        self, node: str, *command: str, user: str = "root", input: str | None = None, timeout: float = 120
+    ) -> str:
+        """Run a command that has to succeed; its standard output. Raises Failure with all it said."""
+        done = self.run(node, *command, user=user, input=input, timeout=timeout)
+        if done.returncode:
+            raise Failure(f"{user}@{node}: {' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def popen(self, node: str, *command: str, user: str = "root", **options: object) -> subprocess.Popen[str]:
+        """Start a command on a node; killing the process kills the command."""
+        settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+            self.command(node, *command, user=user), env=self.environment, text=True, errors="replace", **settings
+        )
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def here(self, path: str | Path) -> Path:
+        """A path below /shared, as this machine sees it."""
+        return self.shared / Path(path).relative_to("/shared")
+
+    def there(self, path: Path) -> str:
+        """A path of this machine below the shared storage, as the nodes see it."""
+        return str(Path("/shared") / path.relative_to(self.shared))
+
+    def home(self, user: str) -> Path:
+        """A user's home, as this machine sees it."""
+        return self.shared / "home" / user
+
+    def write(self, path: Path, content: str | bytes, user: str) -> Path:
+        """Write a file of a user (a path of this machine), with the directories that are missing."""
+        uid = USERS[user]
+        for directory in reversed([path.parent, *path.parent.parents]):
+            if not directory.exists():
+                directory.mkdir(mode=0o755)
+                os.chown(directory, uid, uid)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.chown(path, uid, uid)
+        return path
+
+    def root(self, node: str) -> Path:
+        """A node's root directory, as this machine sees it."""
+        return Path(f"/proc/{self.pid_one(node)}/root")
+
+    def pid_one(self, node: str) -> int:
+        return int(Path(f"/run/hpccr-testbed/{self.name}/{node}.pid").read_text())
+
+    # --- Slurm --------------------------------------------------------------------------------------------------
+
+    def drain(self, *nodes: str) -> None:
+        """No new job goes to these nodes until resume()."""
+        self.check("ctl", "scontrol", "update", f"nodename={','.join(nodes)}", "state=drain", "reason=test")
+
+    def resume(self) -> None:
+        """Every node takes jobs again. For nodes that take them already this does nothing."""
+        states = self.check("ctl", "sinfo", "-h", "-N", "-o", "%N %T").split("\n")
+        if drained := sorted({line.split()[0] for line in states if "drain" in line}):
+            self.check("ctl", "scontrol", "update", f"nodename={','.join(drained)}", "state=resume")
+
+    # --- processes ----------------------------------------------------------------------------------------------
+
+    def pids(self, node: str, pattern: str) -> list[int]:
+        """Processes on a node whose command line matches, as this machine numbers them; capsules included."""
+        found = []
+        for pid in self._members(node):
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if re.search(pattern, line):
+                found.append(pid)
+        return sorted(found)
+
+    def _members(self, node: str) -> list[int]:
+        """Every process of a node, in whatever pid namespace."""
+        top = Path(f"/sys/fs/cgroup/freezer/hpccr-testbed/{self.name}/{node}")
+        found: set[int] = set()
+        for directory, _, _ in os.walk(top):
+            try:
+                found.update(int(pid) for pid in Path(directory, "cgroup.procs").read_text().split())
+            except OSError:
+                continue
+        return sorted(found - {0})
+
+    def pid_on_node(self, pid: int) -> int:
+        """The number that a process of this machine has on its node."""
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(re.findall(r"^NSpid:\t(.*)$", status, re.MULTILINE)[0].split()[1])
+
+    def hpccrd(self, node: str) -> int:
+        """The node's daemon, as this machine numbers it."""
+        return wait_for(
+            f"hpccrd on {node}", lambda: min(self.pids(node, r"python\S* /usr/local/bin/hpccrd"), default=None)
+        )
+
+    @contextmanager
+    def stopped(self, node: str) -> Iterator[None]:
+        """The node's hpccrd does not get a turn in this block."""
+        pid = self.hpccrd(node)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    # --- troubles -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def small_spool(self, node: str, size: str) -> Iterator[None]:
+        """A file system of `size` in the place of the node's spool."""
+        self.check(node, "mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "small", SPOOL)
+        try:
+            yield
+        finally:
+            self.check(node, "umount", SPOOL)
+
+    @contextmanager
+    def small_share(self, name: str, size: str, user: str) -> Iterator[str]:
+        """A file system of `size` that all nodes share, owned by `user`; its path on the nodes, below /shared."""
+        place = self.shared / name
+        place.mkdir()
+        uid = USERS[user]
+        options = f"size={size},mode=0700,uid={uid},gid={uid}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", place], check=True)
+        mounted = []
+        try:
+            for node in ("ctl", *self.nodes):
+                _mount_on(self.pid_one(node), str(place), f"/shared/{name}")
+                mounted.append(node)
+            yield f"/shared/{name}"
+        finally:
+            for node in mounted:
+                self.run(node, "umount", "-l", f"/shared/{name}")
+            subprocess.run(["umount", "-l", place], check=True)
+            place.rmdir()
+
+
+def _mount_on(pid: int, here: str, there: str) -> None:
+    """Mount what is mounted at `here` also at `there` in the mount namespace of another process (open_tree(2))."""
+    child = os.fork()
+    if child == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        step = "open_tree"
+        tree = libc.syscall(_SYS_OPEN_TREE, -100, here.encode(), _OPEN_TREE_CLONE)
+        if tree >= 0:
+            step = "setns"
+            namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+            if libc.setns(namespace, _CLONE_NEWNS) == 0:
+                step = "move_mount"
+                if libc.syscall(_SYS_MOVE_MOUNT, tree, b"", -100, there.encode(), _MOVE_MOUNT_F_EMPTY_PATH) == 0:
+                    os._exit(0)
+        os.write(2, f"{step}: {os.strerror(ctypes.get_errno())}\n".encode())
+        os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        raise Failure(f"cannot mount {here} at {there} for process {pid}")
+
+
+def last_lines(path: Path, count: int) -> str:
+    """The end of a log, for a report; a remark if there is none."""
+    try:
+        lines: Sequence[str] = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return f"({error})"
+    return "\n".join(lines[-count:])

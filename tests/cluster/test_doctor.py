@@ -1,0 +1,123 @@
+"""`hpccr doctor`: every node is checked; each failure is found and comes with its remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from nodes import Cluster
+from waiting import wait_for
+
+
+def doctor(cluster: Cluster, *arguments: str) -> dict[str, Any]:
+    """Its report, asked for by a user on the login node."""
+    done = cluster.run("ctl", "hpccr", "doctor", "--json", *arguments, user="user1")
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (0 if found["ok"] else 1), done.stderr
+    return found
+
+
+def failures(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Node (or "all") and check of everything that is wrong."""
+    found = [(node["node"], check) for node in report["nodes"] for check in node["checks"] if not check["ok"]]
+    return found + [("all", check) for check in report["cluster"] if not check["ok"]]
+
+
+def test_a_healthy_cluster(cluster: Cluster, untouched: None) -> None:
+    report = doctor(cluster)
+    assert report["ok"] and not failures(report)
+    assert [node["node"] for node in report["nodes"]] == list(cluster.nodes)
+    names = {check["name"] for check in report["nodes"][0]["checks"]}
+    for part in ("criu", "key", "spool", "hpccrd", "ptrace"):
+        assert any(part in name.lower() for name in names), (part, names)
+    told = cluster.check("ctl", "hpccr", "doctor", user="user1")
+    assert all(node in told for node in cluster.nodes) and "FAIL" not in told
+    alone = cluster.run(cluster.nodes[0], "hpccr", "doctor", "--local", user="user1")
+    assert alone.returncode == 0, alone.stdout
+
+
+@contextmanager
+def no_hpccrd(cluster: Cluster, node: str) -> Iterator[None]:
+    """Its socket does not answer: the daemon is stopped and cannot be reached under its name."""
+    socket = cluster.root(node) / "run/hpccr/hpccrd.sock"
+    away = socket.with_name("away")
+    socket.rename(away)
+    try:
+        yield
+    finally:
+        away.rename(socket)
+
+
+@contextmanager
+def open_key(cluster: Cluster, node: str) -> Iterator[None]:
+    """Everybody on the node can read the site key."""
+    key = cluster.root(node) / "etc/hpccr/key"
+    mode = stat.S_IMODE(key.stat().st_mode)
+    key.chmod(0o644)
+    try:
+        yield
+    finally:
+        key.chmod(mode)
+
+
+@contextmanager
+def another_key(cluster: Cluster, node: str) -> Iterator[None]:
+    """The node has a key of its own."""
+    key = cluster.root(node) / "etc/hpccr/key"
+    text = key.read_text()
+    key.write_text("ab" * 32 + "\n")
+    restart(cluster, node)
+    try:
+        yield
+    finally:
+        key.write_text(text)
+        restart(cluster, node)
+
+
+def restart(cluster: Cluster, node: str) -> None:
+    old = cluster.hpccrd(node)
+    os.kill(cluster.pid_one(node), 1)
+    wait_for("a new hpccrd", lambda: cluster.hpccrd(node) != old)
+    socket = cluster.root(node) / "run/hpccr/hpccrd.sock"
+    wait_for("hpccrd's socket", socket.exists)
+
+
+@contextmanager
+def small_spool(cluster: Cluster, node: str) -> Iterator[None]:
+    with cluster.small_spool(node, "1m"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("trouble", "word"),
+    [(no_hpccrd, "hpccrd"), (open_key, "key"), (another_key, "key"), (small_spool, "spool")],
+    ids=["no hpccrd", "open key", "another key", "spool full"],
+)
+def test_what_is_wrong_is_found(cluster: Cluster, untouched: None, trouble: Any, word: str) -> None:
+    node = cluster.nodes[1]
+    with trouble(cluster, node):
+        # hpccrd gives what it has found for some seconds before it looks again.
+        found = wait_for("a finding", lambda: failures(doctor(cluster)))
+        assert {where for where, _ in found} <= {node, "all"}
+        assert any(word in check["name"] + check["detail"] for _, check in found), found
+        assert all(check["hint"] for _, check in found), found
+        told = cluster.run("ctl", "hpccr", "doctor", user="user1")
+        assert told.returncode == 1 and "FAIL" in told.stdout and "hint: " in told.stdout
+    wait_for("no finding", lambda: doctor(cluster)["ok"])
+
+
+def test_a_drained_node(cluster: Cluster, untouched: None) -> None:
+    node = cluster.nodes[2]
+    cluster.drain(node)
+    try:
+        found = failures(doctor(cluster))
+        assert [where for where, _ in found] == [node] and "resume" in found[0][1]["hint"]
+    finally:
+        cluster.resume()
+    wait_for("a healthy node", lambda: doctor(cluster, "--nodes", node)["ok"])

@@ -1,0 +1,128 @@
+"""One machine without Slurm and without hpccrd: `hpccr run` as root brings its own node service."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nodes import Cluster, Failure
+from waiting import Late, rounds, wait_for
+from workloads import OPEN_MPI, SOURCES, Workloads
+
+NODE = "node1"
+# No hpccrd is listening there, so there is none.
+ENVIRONMENT = ("env", "HPCCR_NODE_SOCKET=/run/none", "HPCCR_STORE_DIR=/root/store", "OMPI_ALLOW_RUN_AS_ROOT=1")
+ENVIRONMENT += ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",)
+
+
+class Machine:
+    """One node, used as if it were the only machine there is."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.place = cluster.root(NODE) / "root"
+        self.started: list[subprocess.Popen[str]] = []
+
+    def shell(self, command: str) -> subprocess.CompletedProcess[str]:
+        return self.cluster.run(NODE, *ENVIRONMENT, "sh", "-c", command)
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        process = self.cluster.popen(NODE, *ENVIRONMENT, "sh", "-c", f"exec {command}")
+        self.started.append(process)
+        return process
+
+    def check(self, *command: str) -> str:
+        return self.cluster.check(NODE, *ENVIRONMENT, *command)
+
+    def job(self, within: float = 30) -> str:
+        """The name of the job that runs."""
+
+        def look() -> str | None:
+            for row in json.loads(self.check("hpccr", "list", "--json")):
+                if row["state"] == "running":
+                    return str(row["name"])
+            return None
+
+        return wait_for("a running job", look, within=within)
+
+    def step(self, name: str) -> Path:
+        return self.place / "store" / name / "0"
+
+
+@pytest.fixture
+def machine(cluster: Cluster, untouched: None, request: pytest.FixtureRequest) -> Iterator[Machine]:
+    made = Machine(cluster)
+    try:
+        yield made
+    finally:
+        for process in made.started:
+            process.kill()
+            process.communicate()
+        shutil.rmtree(made.place / "store", ignore_errors=True)
+        for path in made.place.glob("out*.txt"):
+            path.unlink()
+
+
+def ended(process: subprocess.Popen[str], within: float = 120) -> int:
+    try:
+        _, errors = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        raise Late(f"{process.args} has not ended after {within:.0f} s") from None
+    if "Traceback" in errors:
+        raise Failure(errors)
+    return process.returncode
+
+
+@pytest.mark.parametrize("library", ["mpich", "openmpi"])
+def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, library: str) -> None:
+    if library == "mpich":
+        command = workloads.pairs(rounds(1500, 6000), ranks=2)
+    else:
+        mpirun = OPEN_MPI.format(each=2, ranks=2)
+        command = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --steps {rounds(6000, 20000)}"
+    out = machine.place / "out.txt"
+    first = machine.start(f"hpccr run {command} > /root/out.txt 2> /root/out-errors.txt")
+    name = machine.job()
+    wait_for("output", lambda: out.exists() and out.stat().st_size)
+    machine.check("hpccr", "checkpoint", name)
+    size = out.stat().st_size
+    wait_for("more output", lambda: out.stat().st_size > size)
+    machine.check("hpccr", "requeue", name)
+    assert ended(first) == 0
+    assert machine.shell(f"hpccr checkpoint {name}").returncode != 0
+    second = machine.start(f"hpccr restore {name} >> /root/out.txt 2> /root/out-errors.txt")
+    assert ended(second) == 0, (machine.place / "out-errors.txt").read_text()
+    twin = machine.shell(f"{command} > /root/out-twin.txt")
+    assert twin.returncode == 0, twin.stderr
+    assert out.read_text() == (machine.place / "out-twin.txt").read_text()
+
+
+def test_exit_code_and_no_leftovers_of_a_killed_one(machine: Machine) -> None:
+    assert machine.shell("hpccr run sh -c 'exit 3'").returncode == 3
+    assert machine.shell("echo text | hpccr run cat").stdout == "text\n"
+    running = machine.start("hpccr run sleep 1000")
+    machine.job()
+    (coordinator,) = machine.cluster.pids(NODE, r"bin/hpccr run sleep 1000 *$")
+    os.kill(coordinator, signal.SIGKILL)
+    assert ended(running) != 0  # its capsule is gone with it: the fixture looks
+    assert machine.shell("hpccr run true").returncode == 0  # sweeps what the other one had no time to remove
+
+
+def test_not_root(machine: Machine, cluster: Cluster) -> None:
+    done = cluster.run(NODE, "env", "HPCCR_NODE_SOCKET=/run/none", "hpccr", "run", "true", user="user1")
+    assert done.returncode == 13 and "must be root" in done.stderr and "hint: " in done.stderr
+    shutil.rmtree(cluster.home("user1") / ".hpccr")
+
+
+def test_nothing_to_restore(machine: Machine) -> None:
+    assert machine.shell("hpccr run true").returncode == 0
+    (row,) = json.loads(machine.check("hpccr", "list", "--all", "--json"))
+    done = machine.shell(f"hpccr restore {row['name']}")
+    assert done.returncode == 10 and "hint: " in done.stderr

@@ -1,0 +1,164 @@
+"""hpccr.slurm and its commands against a real Slurm: what it shows when, and what helper steps live through."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from jobs import Job, Jobs
+from nodes import Cluster
+from waiting import wait_for
+
+PYTHON = "/opt/hpccr/bin/python"
+SCRIPT = f"{PYTHON} /src/tests/cluster/programs/signalled.py"
+
+
+def query(cluster: Cluster, expression: str, user: str = "user1") -> Any:
+    """What an expression over `q`, the JobQuery of the login node, gives a user; dataclasses as maps, sets sorted."""
+    program = (
+        "import dataclasses, json, sys; from hpccr.slurm.query import job_query; from hpccr.slurm.nodes import nodes\n"
+        "def plain(v): return dataclasses.asdict(v) if dataclasses.is_dataclass(v) else sorted(v)\n"
+        f"q = job_query(); json.dump({expression}, sys.stdout, default=plain)"
+    )
+    return json.loads(cluster.check("ctl", PYTHON, "-c", program, user=user))
+
+
+def refused(cluster: Cluster, expression: str, user: str) -> str:
+    """The message and hint of the error that the expression raises."""
+    program = (
+        "from hpccr.slurm.query import job_query, SlurmError\n"
+        f"q = job_query()\ntry:\n    {expression}\nexcept SlurmError as e:\n    print(e.message, '|', e.hint)\n"
+    )
+    return cluster.check("ctl", PYTHON, "-c", program, user=user)
+
+
+def signalled(job: Job, within: float = 60) -> list[dict[str, Any]]:
+    path = job.directory / "signalled.json"
+    wait_for(f"a signal to job {job.id}", path.exists, within=within)
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+def helper_lines(job: Job, node: str) -> list[str]:
+    path = job.directory / f"helper-{node}.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def start(jobs: Jobs, *options: str) -> Job:
+    """A job that uses all CPUs of two nodes, with its helpers up."""
+    job = jobs.submit(SCRIPT, nodes=2, tasks=16, options=("--requeue", *options), plain=True)
+    job.wait_output("waiting")
+    for node in job.slurm().nodes:
+        wait_for("helpers on all nodes", lambda node=node: helper_lines(job, node))
+    return job
+
+
+def test_a_job_is_seen_and_steered(cluster: Cluster, jobs: Jobs) -> None:
+    job = jobs.submit("sleep 300", nodes=2, tasks=4, options=("--requeue", "--job-name=seen"), plain=True)
+    job.wait_state("RUNNING")
+    found = query(cluster, f"q.job('{job.id}')")
+    assert (found["job"], found["array"], found["user"], found["uid"]) == (str(job.id), None, "user1", 1001)
+    assert (found["states"], found["restarts"], found["requeue"]) == (["RUNNING"], 0, True)
+    assert (found["name"], found["cluster"], found["partition"]) == ("seen", cluster.name, "main")
+    assert tuple(found["nodes"]) == job.slurm().nodes and found["batch_node"] == found["nodes"][0]
+    assert abs(found["start_time"] - time.time()) < 60 and found["preempt_time"] is None
+    assert query(cluster, "q.jobs('user1')") == [found]
+    assert query(cluster, "q.jobs('user2')") == []
+
+    query(cluster, f"q.set_comment('{job.id}', 'checkpoint 3, 1 min ago: é')")
+    assert query(cluster, f"q.job('{job.id}').comment") == "checkpoint 3, 1 min ago: é"
+    assert "owner" in refused(cluster, f"q.requeue('{job.id}')", "user2")
+    assert "squeue --me" in refused(cluster, "q.job('999999')", "user1")
+
+    cluster.drain(*cluster.nodes)
+    query(cluster, f"q.requeue('{job.id}')")
+    wait_for("pending", lambda: query(cluster, f"q.job('{job.id}').states") == ["PENDING"], within=60, every=0.5)
+    query(cluster, f"q.start_now('{job.id}')")
+    cluster.resume()
+    job.wait_state("RUNNING")
+    found = query(cluster, f"q.job('{job.id}')")
+    assert found["restarts"] == 1 and found["comment"].startswith("checkpoint 3")
+
+
+def test_a_task_of_an_array(cluster: Cluster, jobs: Jobs) -> None:
+    job = jobs.submit("sleep 300", nodes=1, tasks=1, options=("--array=4",), plain=True)
+    assert query(cluster, f"q.job('{job.id}_4').job") == str(job.id)
+    job.wait_state("RUNNING")
+    found = query(cluster, f"q.job('{job.id}_4')")
+    assert (found["array"], found["job"]) == (f"{job.id}_4", str(job.id))
+
+
+def test_why_a_job_is_signalled_and_what_helpers_live_through(cluster: Cluster, jobs: Jobs) -> None:
+    """Requeue, cancel and a plain signal at the same time; helpers are killed by nothing but KillWait's SIGKILL."""
+    requeued, cancelled, poked = start(jobs), start(jobs), start(jobs)
+    cluster.check("ctl", "scontrol", "requeue", str(requeued.id), user="user1")
+    cluster.check("ctl", "scancel", str(cancelled.id), user="user1")
+    cluster.check("ctl", "scancel", "--batch", "--signal=USR1", str(poked.id), user="user1")
+    for job, cause in ((requeued, "requeue"), (cancelled, "cancelled"), (poked, "unknown")):
+        (found,) = signalled(job)
+        assert found["cause"] == cause and found["helpers"] is None
+    ended = time.monotonic()
+    for job in (requeued, cancelled):
+        at = signalled(job)[0]["time"]
+        nodes = [path.stem.partition("-")[2] for path in job.directory.glob("helper-*.txt")]
+        assert len(nodes) == 2
+
+        def outlived(job: Job = job, at: float = at, nodes: list[str] = nodes) -> bool:
+            lines = [helper_lines(job, node) for node in nodes]
+            return all(float(last.split()[1]) > at + 20 for last in (part[-1] for part in lines) if " " in last)
+
+        wait_for("helpers alive 20 s after SIGTERM", outlived, within=40, every=0.5)
+        for node in nodes:
+            assert [line.split()[0] for line in helper_lines(job, node)].count("TERM") >= 1
+    assert time.monotonic() - ended < 40
+    cancelled.wait_over()
+    poked.cancel()
+
+
+def test_a_time_limit(cluster: Cluster, jobs: Jobs) -> None:
+    job = start(jobs, "--time=1")
+    (found,) = signalled(job, within=150)
+    assert found["cause"] == "timeout"
+
+
+def test_doctor_on_all_nodes_and_inside_a_full_job(cluster: Cluster, jobs: Jobs) -> None:
+    outside = cluster.run("ctl", "hpccr", "doctor", "--json", user="user1")
+    found = json.loads(outside.stdout)
+    bad = [(node["node"], check) for node in found["nodes"] for check in node["checks"] if not check["ok"]]
+    bad += [("cluster", check) for check in found["cluster"] if not check["ok"]]
+    assert bad == [] and found["ok"] and outside.returncode == 0
+    assert [node["node"] for node in found["nodes"]] == list(cluster.nodes)
+
+    job = jobs.submit("hpccr doctor", nodes=2, tasks=16, plain=True)
+    job.wait_success()
+    lines = job.output.read_text().splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [[node, "ok"] for node in job.slurm().nodes] + [["all", "nodes"]]
+
+    private = cluster.run("ctl", "hpccr", "doctor", "--dir", "/tmp/not-shared", user="user1")
+    assert private.returncode == 1 and "on storage that all nodes share" in private.stdout
+    cluster.check("ctl", "rm", "-r", "/tmp/not-shared")
+
+
+def test_doctor_names_a_node_that_is_down(cluster: Cluster) -> None:
+    last = cluster.nodes[-1]
+    cluster.drain(last)
+    try:
+        done = cluster.run("ctl", "hpccr", "doctor", user="user1")
+        assert done.returncode == 1
+        assert f"{last}" in done.stdout and "DRAIN" in done.stdout and "state=resume" in done.stdout
+    finally:
+        cluster.resume()
+
+
+def test_commands_on_jobs_that_cannot_be_asked(cluster: Cluster, jobs: Jobs) -> None:
+    """Someone else's, without hpccr, and unknown: each says which it is."""
+    other = jobs.submit("sleep 300", user="user2", nodes=1, tasks=1, plain=True)
+    plain = jobs.submit("sleep 300", nodes=1, tasks=1, plain=True)
+    plain.wait_state("RUNNING")
+    for job, says in ((other, "belongs to user2"), (plain, "runs without hpccr")):
+        for verb in ("checkpoint", "requeue", "status"):
+            done = job.hpccr(verb, user="user1")
+            assert done.returncode == 1 and says in done.stderr, done.stderr
+    unknown = cluster.run("ctl", "hpccr", "checkpoint", "999999", user="user1")
+    assert unknown.returncode == 1 and "no job 999999" in unknown.stderr

@@ -1,0 +1,84 @@
+"""What the tests' jobs run, and what an undisturbed run of it without hpccr prints (its twin)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from jobs import Jobs
+from nodes import Cluster
+
+ENDLESS = 1_000_000_000
+"""Steps of a job that runs until it is cancelled."""
+SOURCES = "/src/tests/cluster/programs"
+# More ranks than this machine has processors: without this every rank that waits takes the others' turn.
+OPEN_MPI = "mpirun.openmpi --map-by ppr:{each}:node --mca mpi_yield_when_idle 1 -n {ranks}"
+
+
+class Workloads:
+    """Command lines, with the compiled programs in /shared/programs."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self._cluster = cluster
+        self.seed = seed
+        self._twins: dict[str, str] = {}
+        self._longest = ""
+        place = cluster.shared / "programs"
+        place.mkdir(exist_ok=True)
+        node = cluster.nodes[0]
+        cluster.check(
+            node, "mpicc.mpich", "-O2", "-Wall", "-Werror", "-o", "/shared/programs/pairs", f"{SOURCES}/pairs.c"
+        )
+
+    def melt(self, steps: int, *, ranks: int = 4, nodes: int = 2) -> str:
+        """LAMMPS's Lennard-Jones melt of 4000 atoms under Open MPI; thermodynamic output goes to melt.log as well."""
+        mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
+        return f"{mpirun} lmp -in {SOURCES}/melt.in -var size 10 -var steps {steps} -var every 10 -log melt.log"
+
+    def pairs(self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None) -> str:
+        """The program that checks every byte and order of random messages, under MPICH."""
+        return f"mpirun.mpich -n {ranks} /shared/programs/pairs {seed or self.seed} {rounds} 10 {max_bytes}"
+
+    def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2) -> str:
+        """The halo exchange in mpi4py, which also appends to residuals.txt."""
+        mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
+        return f"{mpirun} python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt"
+
+    def check_endless(self, said: str) -> None:
+        """What an endless stencil of the standard size has printed so far is what an undisturbed one prints first.
+
+        The residual in each line follows from the whole field, so a wrong value anywhere would show in all later lines.
+        """
+        lines = said.splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        assert lines, "it has printed nothing"
+        if self._longest.count("\n") <= len(lines):
+            self._longest = self.twin(self.stencil(len(lines) * 3 // 2 + 200))
+        assert "".join(lines) == "".join(self._longest.splitlines(keepends=True)[: len(lines)])
+
+    def twin(self, command: str, *, nodes: int = 2, tasks: int = 4, file: str = "out.txt") -> str:
+        """What the file of that name has after an undisturbed run without hpccr; each command runs once per session."""
+        if command not in self._twins:
+            jobs = Jobs(self._cluster, "twin-" + hashlib.sha256(command.encode()).hexdigest()[:12])
+            try:
+                job = jobs.submit(command, nodes=nodes, tasks=tasks, plain=True)
+                job.wait_success()
+                for path in job.directory.iterdir():
+                    self._twins[f"{command} > {path.name}"] = path.read_text()
+                self._twins[command] = ""
+            finally:
+                jobs.clear()
+        return self._twins[f"{command} > {file}"]
+
+
+def thermo(text: str) -> str:
+    """The thermodynamic output of LAMMPS: what follows are times, and differs in every run."""
+    after = text.partition("   Step ")[2]
+    table, end, _ = after.partition("Loop time")
+    assert end, f"LAMMPS did not finish: {text[-400:]}"
+    return table
+
+
+def thermo_file(path: Path) -> str:
+    return thermo(path.read_text())

@@ -1,0 +1,27 @@
+"""Reasons from CRIU's logs."""
+
+from __future__ import annotations
+
+from hpccr.noded.criu import last_errors
+
+LOG = """\
+(00.000012) Version: 4.2.1 (gitid 0)
+(00.001000) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted
+(00.002000) 301: Warn  (criu/net.c:1): harmless
+(00.003000)    302: Error (criu/files-reg.c:2143): File home/x has bad size 5 (expect 4)
+Error (criu/cr-restore.c:1): without a time
+(00.004000) Error (criu/cr-restore.c:2320): Restoring FAILED.
+"""
+
+
+def test_the_cause_without_time_and_pid_and_without_its_consequences() -> None:
+    assert last_errors(LOG, 2) == ["Error (criu/files-reg.c:2143): File home/x has bad size 5 (expect 4)"]
+
+
+def test_consequences_where_there_is_no_cause() -> None:
+    consequences = "\n".join(LOG.splitlines()[-1:])
+    assert last_errors(consequences) == ["Error (criu/cr-restore.c:2320): Restoring FAILED."]
+
+
+def test_no_error_at_all() -> None:
+    assert last_errors("") == []

@@ -1,0 +1,42 @@
+"""The files an administrator installs say what the code does."""
+
+import tomllib
+from importlib import resources
+
+import msgspec
+
+from hpccr import config
+from hpccr.noded import daemon
+
+DIST = resources.files("hpccr.noded") / "dist"
+
+
+def test_documented_toml_has_every_key_with_its_default() -> None:
+    documented = tomllib.loads((DIST / "hpccr.toml").read_text())
+    assert documented == msgspec.to_builtins(config.Config()) | {
+        "capsule": {"private": ["/tmp"], "first_pid": config.CapsuleConfig().first_pid}
+    }
+    assert msgspec.convert(documented, config.Config) == config.Config()
+
+
+def test_every_key_of_the_toml_is_explained() -> None:
+    explained = False
+    for line in (DIST / "hpccr.toml").read_text().splitlines():
+        if "_timeout" in line:
+            continue  # one comment explains them together
+        if "=" in line and not line.startswith("#"):
+            assert explained, line
+        explained = line.startswith("#")
+
+
+def test_unit_and_tmpfiles_name_the_default_directories() -> None:
+    node = config.NodeConfig()
+    tmpfiles = (DIST / "hpccr.tmpfiles").read_text().splitlines()
+    assert f"d {node.run} 0755 root root -" in tmpfiles
+    assert f"d {node.spool} 0700 root root -" in tmpfiles
+
+
+def test_unit_has_what_the_daemon_relies_on() -> None:
+    unit = (DIST / "hpccrd.service").read_text().splitlines()
+    for line in ("Type=notify", "Delegate=yes", "KillMode=process", f"LimitNOFILE={daemon.DESCRIPTORS}"):
+        assert line in unit

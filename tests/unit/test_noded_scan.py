@@ -1,0 +1,185 @@
+"""Looking at tasks: this process and its children stand for a capsule's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+
+from hpccr.errors import CorruptError, HpccrError, UnsupportedError
+from hpccr.noded import scan
+from hpccr.noded.control import Identity
+
+
+def task(pid: int, parent: int, **changes: object) -> scan.Task:
+    fields: dict[str, object] = {
+        "pid": pid,
+        "parent": parent,
+        "name": f"task{pid}",
+        "state": "S",
+        "uids": (1001,) * 4,
+        "gids": (1001,) * 4,
+        "groups": (),
+        "capabilities": 0,
+    }
+    return scan.Task(**(fields | changes))  # type: ignore[arg-type]
+
+
+def own_tree() -> scan.Tree:
+    own = scan.read_task(os.getpid())
+    assert own is not None
+    return scan.Tree(own.pid, [own])
+
+
+def test_a_task_is_read_as_the_kernel_tells_it() -> None:
+    (own,) = own_tree().tasks
+    assert own.pid == os.getpid() and own.parent == os.getppid()
+    assert own.uids[:3] == os.getresuid() and own.gids[:3] == os.getresgid()
+    assert set(own.groups) == set(os.getgroups())
+
+
+def test_a_process_that_is_gone_is_none() -> None:
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(pid, 0)
+    assert scan.read_task(pid) is None
+
+
+def test_a_whole_tree_passes() -> None:
+    zombie = task(12, 10, state="Z", uids=(0, 0, 0, 0))
+    scan.check_whole(scan.Tree(10, [task(10, 1), task(11, 10), zombie]), 1001)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([task(10, 1), task(11, 1)], r"11 \(task11\) has left the job's process tree"),
+        ([task(10, 1), task(11, 10, uids=(1001, 0, 1001, 1001))], r"11 \(task11\) runs with the user ids"),
+        ([task(10, 1, capabilities=1 << 21)], r"10 \(task10\) has capabilities"),
+    ],
+)
+def test_who_does_not_belong_is_named(tasks: list[scan.Task], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        scan.check_whole(scan.Tree(10, tasks), 1001)
+
+
+@pytest.mark.parametrize("tasks", [[], [task(10, 1, state="Z")]])
+def test_a_job_that_has_ended_says_so(tasks: list[scan.Task]) -> None:
+    with pytest.raises(HpccrError, match="the job has ended"):
+        scan.check_whole(scan.Tree(10, tasks), 1001)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"uids": (1001, 0, 1001, 1001)}, {"gids": (0,) * 4}, {"groups": (4, 0)}, {"capabilities": 1}]
+)
+def test_a_restored_task_may_only_be_the_users(changes: dict[str, object]) -> None:
+    identity = Identity(uid=1001, gid=1001, groups=(4,), umask=0, rlimits=(), cpus=(), nice=0)
+    scan.check_restored(scan.Tree(10, [task(10, 1, groups=(4,))]), identity)
+    with pytest.raises(CorruptError, match=r"10 \(task10\)"):
+        scan.check_restored(scan.Tree(10, [task(10, 1, **changes)]), identity)
+
+
+def test_helpers_and_what_they_started_are_no_tasks() -> None:
+    child = os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 60 & wait"], {"PATH": "/usr/bin:/bin"})
+    try:
+        with_it = {found.pid for found in scan.tree(os.getpid()).tasks}
+        without = scan.tree(os.getpid(), helpers=[child]).tasks
+        assert child in with_it
+        assert not [found for found in without if child in (found.pid, found.parent)]
+        assert os.getpid() in {found.pid for found in without}
+    finally:
+        for found in scan.processes():
+            if found.parent == child:
+                os.kill(found.pid, 9)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def test_files_that_can_be_written_are_found_with_size_and_mode(tmp_path: Path) -> None:
+    appended, inplace, read = (tmp_path / name for name in ("appended", "inplace", "read"))
+    for path in (appended, inplace, read):
+        path.write_bytes(b"12345")
+    with appended.open("ab"), inplace.open("r+b") as file, read.open("rb"):
+        found = {file.path: file for file in scan.open_files(own_tree(), [])}
+        assert found[str(appended)].append and not found[str(inplace)].append
+        assert found[str(inplace)].size == 5 and found[str(inplace)].mode == os.fstat(file.fileno()).st_mode
+        assert str(read) not in found
+        assert scan.open_files(own_tree(), [str(tmp_path)]) == tuple(
+            file for path, file in found.items() if not path.startswith(str(tmp_path))
+        )
+
+
+def test_one_writer_without_append_makes_the_file_not_append_only(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("ab"), path.open("r+b"):
+        (found,) = [file for file in scan.open_files(own_tree(), []) if file.path == str(path)]
+    assert not found.append
+
+
+def test_deleted_files_are_not_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb"):
+        path.unlink()
+        assert not [file for file in scan.open_files(own_tree(), []) if str(path) in file.path]
+
+
+def test_a_removed_name_of_a_living_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb"):
+        (tmp_path / "other").hardlink_to(path)
+        path.unlink()
+        with pytest.raises(UnsupportedError, match=f"{path} open, a name that was removed"):
+            scan.check_open(own_tree(), [])
+        scan.check_open(own_tree(), [str(tmp_path)])
+
+
+def test_an_io_uring_is_refused_by_name() -> None:
+    number = ctypes.CDLL(None).syscall(425, 4, ctypes.create_string_buffer(120))
+    if number < 0:
+        scan.check_open(own_tree(), [])  # this kernel gives nobody one
+        return
+    try:
+        with pytest.raises(UnsupportedError, match=r"io_uring open") as caught:
+            scan.check_open(own_tree(), [])
+        assert "epoll" in caught.value.hint
+    finally:
+        os.close(number)
+
+
+def test_accesses_are_checked_by_opening(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("text")
+    status = path.stat()
+    wanted = [scan.Access(str(path), os.O_WRONLY, status.st_dev, status.st_ino, "1 (one)")]
+    scan.check_accesses(wanted)
+    path.rename(tmp_path / "away")
+    path.write_text("another")
+    with pytest.raises(CorruptError, match="another file"):
+        scan.check_accesses(wanted)
+    path.unlink()
+    with pytest.raises(CorruptError, match=f"{path} open, which the user cannot open"):
+        scan.check_accesses(wanted)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/tmp", True), ("/tmp/x", True), ("/tmpx", False), ("/", False), ("", False)]
+)
+def test_below(path: str, expected: bool) -> None:
+    assert scan.below(path, ["/tmp/"[:-1], "/var/tmp"]) is expected
+
+
+def test_the_estimate_counts_memory_and_deleted_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_segments", lambda root: 0)  # needs root
+    before = scan.estimate(own_tree(), [], 1 << 30)
+    memory = bytearray(b"x" * (32 << 20))
+    with (tmp_path / "gone").open("wb") as file:
+        file.write(b"x" * (8 << 20))
+        file.flush()
+        (tmp_path / "gone").unlink()
+        after = scan.estimate(own_tree(), [], 1 << 30)
+    assert 36 << 20 < after - before < 60 << 20 and memory
+
+
+def test_the_highest_id_covers_group_and_session() -> None:
+    assert scan.highest_id(own_tree()) >= max(os.getpid(), os.getpgrp(), os.getsid(0))

@@ -1,0 +1,389 @@
+"""The transfer process against a scripted worker: what the user's side may say, root's side must survive."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpccr.errors import CorruptError, HpccrError
+from hpccr.model import FORMAT, CapsuleImage, FileEntry, Fragment, Stdio, StepKey
+from hpccr.noded import storeworker, transfer
+from hpccr.noded.seal import SiteKey
+from hpccr.noded.storeworker import User, Worker
+from hpccr.noded.transfer import FetchJob, FlushJob
+
+KEY = SiteKey(bytes(range(32)))
+STEP = StepKey(cluster="c", job="17", step="0")
+USER = User(uid=1001, gid=1001, groups=(), home="/")
+IMAGE = CapsuleImage(root_pid=300, max_pid=301, tasks=2, stdio=Stdio(1, 2, 2))
+
+
+class Peer:
+    """The worker's end of the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.descriptors: list[int] = []
+
+    def say(self, **message: Any) -> None:
+        body = msgspec.msgpack.encode(message)
+        self.sock.sendall(struct.pack("!I", len(body)) + body)
+
+    def hear(self) -> dict[str, Any]:
+        header, descriptors, _, _ = socket.recv_fds(self.sock, 4, 4)
+        self.descriptors += descriptors
+        (length,) = struct.unpack("!I", header)
+        heard: dict[str, Any] = msgspec.msgpack.decode(self.sock.recv(length, socket.MSG_WAITALL))
+        return heard
+
+    def hear_with_descriptor(self) -> tuple[dict[str, Any], int]:
+        message = self.hear()
+        return message, self.descriptors.pop()
+
+
+class Scripted(Worker):
+    """A Worker whose process is a thread that runs `script`."""
+
+    def __init__(self, script: Callable[[Peer], None], stall: float = 10.0) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(stall)
+        self._stall = stall
+        self._socket = ours
+        self._decoder = msgspec.msgpack.Decoder(storeworker.FromWorker)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._stderr = bytearray(b"last words\n")
+        self.failure: BaseException | None = None
+
+        def run() -> None:
+            with theirs:
+                try:
+                    script(Peer(theirs))
+                except BaseException as error:
+                    self.failure = error
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._thread.join()
+        assert self.failure is None or isinstance(self.failure, OSError | struct.error), self.failure
+
+    def _lost(self, reason: str) -> HpccrError:
+        return HpccrError(f"the store worker failed: {reason}")
+
+
+def fragment(**changes: Any) -> Fragment:
+    made = Fragment(
+        format=FORMAT,
+        key=STEP,
+        checkpoint="0" * 32,
+        sequence=3,
+        capsule=0,
+        capsules=1,
+        uid=1001,
+        gid=1001,
+        created=1.5,
+        node="node1",
+        image=IMAGE,
+        files=(),
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def spool(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def flush(tmp_path: Path, script: Callable[[Peer], None], files: dict[str, bytes], stall: float = 10.0) -> Any:
+    directory = spool(tmp_path / "spool")
+    for name, content in files.items():
+        (tmp_path / "spool" / name).write_bytes(content)
+    job = FlushJob(
+        user=USER, key=KEY.secret, directory="/s", spool=str(tmp_path / "spool"), fragment=fragment(), level=7
+    )
+    try:
+        return transfer.flush(job, directory, worker=lambda mode, user: Scripted(script, stall))
+    finally:
+        os.close(directory)
+
+
+def fetch(
+    tmp_path: Path, script: Callable[[Peer], None], *, room: int = 1 << 30, name: str = "spool", stall: float = 10.0
+) -> Any:
+    directory = spool(tmp_path / name)
+    job = FetchJob(
+        user=USER,
+        key=KEY.secret,
+        directory="/s",
+        room=room,
+        step=STEP,
+        checkpoint="0" * 32,
+        sequence=3,
+        capsule=0,
+        capsules=1,
+    )
+    try:
+        return transfer.fetch(job, directory, worker=lambda mode, user: Scripted(script, stall))
+    finally:
+        os.close(directory)
+
+
+def test_flush_gives_every_file_and_a_seal_over_what_is_in_them(tmp_path: Path) -> None:
+    files = {"a.img": bytes(3 << 20), "b.img": b"", "c.img": b"hello"}
+    got: dict[str, bytes] = {}
+    sealed = b""
+
+    def worker(peer: Peer) -> None:
+        nonlocal sealed
+        opened = peer.hear()
+        assert (opened["t"], opened["directory"], opened["total"]) == ("open", "/s", (3 << 20) + 5)
+        peer.say(t="ok")
+        done = 0
+        for name in sorted(files):
+            message, descriptor = peer.hear_with_descriptor()
+            assert message == {"t": "file", "name": name, "size": len(files[name])}
+            with os.fdopen(descriptor, "rb") as file:
+                got[name] = file.read()
+            done += len(got[name])
+            peer.say(t="moved", done=done, files=len(got))
+        sealed = peer.hear()["fragment"]
+        peer.say(t="ok")
+
+    finished = flush(tmp_path, worker, files)
+    assert finished.bytes == (3 << 20) + 5
+    assert got == files
+    assert list(got) == sorted(files), "the pagemaps before their pages"
+    entries = {file.name: file for file in KEY.open(sealed, "it").files}
+    assert {name: entry.digest for name, entry in entries.items()} == {
+        name: blake3(content).hexdigest() for name, content in files.items()
+    }
+    assert not (tmp_path / "spool").exists()
+
+
+@pytest.mark.parametrize("moved", [{"done": 2, "files": 1}, {"done": 1, "files": 2}, {"done": -1, "files": 0}])
+def test_progress_that_cannot_be_is_refused(tmp_path: Path, moved: dict[str, int]) -> None:
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="ok")
+        peer.say(t="moved", **moved)
+        peer.hear()
+
+    with pytest.raises(HpccrError, match="during a flush"):
+        flush(tmp_path, worker, {"a.img": b"x"})
+
+
+def test_more_files_than_may_be_given_at_once(tmp_path: Path) -> None:
+    count = 3 * transfer.MAX_GIVEN
+
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="ok")
+        taken = 0
+        while peer.hear()["t"] == "file":
+            assert len(peer.descriptors) <= transfer.MAX_GIVEN
+            if len(peer.descriptors) == transfer.MAX_GIVEN or taken + len(peer.descriptors) == count:
+                while peer.descriptors:
+                    os.close(peer.descriptors.pop())
+                    taken += 1
+                peer.say(t="moved", done=taken, files=taken)
+        peer.say(t="ok")
+
+    assert flush(tmp_path, worker, {f"{number}.img": b"x" for number in range(count)}).bytes == count
+
+
+def test_a_flush_that_fails_keeps_the_spool(tmp_path: Path) -> None:
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="error", message="No space left on device", hint="make some", code=1)
+
+    with pytest.raises(HpccrError, match="No space left") as caught:
+        flush(tmp_path, worker, {"a.img": b"x"})
+    assert caught.value.hint == "make some"
+    assert (tmp_path / "spool" / "a.img").read_bytes() == b"x"
+
+
+def test_an_error_in_the_middle_of_the_stream_is_told_as_it_came(tmp_path: Path) -> None:
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="ok")
+        peer.hear()
+        peer.say(t="error", message="Stale file handle", hint="", code=1)
+        peer.sock.shutdown(socket.SHUT_RD)
+
+    with pytest.raises(HpccrError, match="Stale file handle"):
+        flush(tmp_path, worker, {"a.img": bytes(20 << 20)})
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        lambda peer: None,
+        lambda peer: peer.say(t="ok") or peer.say(t="ok"),
+        lambda peer: peer.say(t="end"),
+        lambda peer: peer.say(t="nonsense"),
+        lambda peer: peer.sock.sendall(struct.pack("!I", 0xFFFFFFFF)),
+        lambda peer: peer.sock.sendall(struct.pack("!I", 5) + b"\xa1\xff\xff\xff\xff"),
+        lambda peer: peer.sock.sendall(struct.pack("!I", 100) + b"x"),
+    ],
+)
+def test_a_worker_that_does_not_keep_to_the_protocol(tmp_path: Path, script: Callable[[Peer], None]) -> None:
+    with pytest.raises(HpccrError, match="store worker failed"):
+        flush(tmp_path, script, {"a.img": bytes(8 << 20)})
+
+
+@pytest.mark.parametrize("dribble", [False, True])
+def test_a_worker_that_makes_no_progress(tmp_path: Path, dribble: bool) -> None:
+    done = threading.Event()
+
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.sock.sendall(struct.pack("!I", 1000))
+        while dribble and not done.wait(0.02):
+            peer.sock.sendall(b"x")
+        done.wait(10)
+
+    class Closing(Scripted):
+        def close(self) -> None:
+            done.set()
+            super().close()
+
+    directory = spool(tmp_path / "spool")
+    job = FlushJob(user=USER, key=KEY.secret, directory="/s", spool="/none", fragment=fragment())
+    with pytest.raises(HpccrError, match="no progress"):
+        transfer.flush(job, directory, worker=lambda mode, user: Closing(worker, 0.2))
+    os.close(directory)
+
+
+def entry(name: str, content: bytes) -> FileEntry:
+    return FileEntry(name=name, size=len(content), digest=blake3(content).hexdigest())
+
+
+def serving(made: Fragment, files: dict[str, bytes], key: SiteKey = KEY) -> Callable[[Peer], None]:
+    def worker(peer: Peer) -> None:
+        assert peer.hear() == {"t": "open", "directory": "/s"}
+        peer.say(t="fragment", fragment=msgspec.json.encode(key.seal(made)))
+        while True:
+            name = peer.hear()["name"]
+            content = files[name]
+            for start in range(0, len(content), 1 << 20):
+                peer.say(t="data", data=content[start : start + (1 << 20)])
+            peer.say(t="end")
+
+    return worker
+
+
+def test_fetch_brings_what_was_sealed(tmp_path: Path) -> None:
+    files = {"a.img": os.urandom(3 << 20), "b.img": b""}
+    made = fragment(files=tuple(entry(name, content) for name, content in files.items()))
+    finished = fetch(tmp_path, serving(made, files))
+    assert finished.image == IMAGE
+    for name, content in files.items():
+        path = tmp_path / "spool" / name
+        assert path.read_bytes() == content
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"", b"hellO", b"hell", b"hello!", bytes(100)])
+def test_fetch_names_the_file_that_is_damaged(tmp_path: Path, content: bytes) -> None:
+    made = fragment(files=(entry("a.img", b"hello"),))
+    with pytest.raises(CorruptError, match=r"/s/a\.img is damaged"):
+        fetch(tmp_path, serving(made, {"a.img": content}))
+
+
+def test_fetch_stops_a_file_that_does_not_end(tmp_path: Path) -> None:
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="fragment", fragment=msgspec.json.encode(KEY.seal(fragment(files=(entry("a.img", b"hello"),)))))
+        peer.hear()
+        while True:
+            peer.say(t="data", data=bytes(1 << 20))
+
+    with pytest.raises(CorruptError, match=r"a\.img"):
+        fetch(tmp_path, worker)
+    assert (tmp_path / "spool" / "a.img").stat().st_size <= 5
+
+
+@pytest.mark.parametrize("part", [{"t": "data", "data": b""}, {"t": "ok"}, {"t": "fragment", "fragment": b""}])
+def test_fetch_takes_only_data_inside_a_file(tmp_path: Path, part: dict[str, Any]) -> None:
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="fragment", fragment=msgspec.json.encode(KEY.seal(fragment(files=(entry("a.img", b"hello"),)))))
+        peer.hear()
+        peer.say(**part)
+
+    with pytest.raises(HpccrError, match=r"inside the file a\.img"):
+        fetch(tmp_path, worker)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"uid": 1002}, "user 1002, not 1001"),
+        ({"key": StepKey(cluster="c", job="18", step="0")}, "step c-18/0, not c-17/0"),
+        ({"checkpoint": "f" * 32}, "checkpoint"),
+        ({"sequence": 4}, "sequence 4, not 3"),
+        ({"capsule": 1, "capsules": 2}, "capsule 1, not 0; capsules 2, not 1"),
+    ],
+)
+def test_fetch_refuses_what_was_not_asked_for(tmp_path: Path, changes: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(CorruptError, match=pattern):
+        fetch(tmp_path, serving(fragment(**changes), {}))
+    assert os.listdir(tmp_path / "spool") == []
+
+
+def test_fetch_refuses_a_seal_of_another_key(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="seal"):
+        fetch(tmp_path, serving(fragment(), {}, key=SiteKey(bytes(32))))
+
+
+def test_fetch_asks_for_room_before_it_writes(tmp_path: Path) -> None:
+    made = fragment(files=(FileEntry(name="a.img", size=2 << 20, digest="0" * 64),))
+    with pytest.raises(HpccrError, match="2 MiB and the spool of this node has 1 MiB"):
+        fetch(tmp_path, serving(made, {}), room=(2 << 20) - 1)
+    assert os.listdir(tmp_path / "spool") == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 1 << 30))
+def test_fetch_survives_any_bytes(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, number: int) -> None:
+    with pytest.raises(HpccrError):
+        fetch(tmp_path_factory.mktemp("fuzz"), lambda peer: peer.sock.sendall(garbage), name=f"spool{number}")
+
+
+def test_a_spool_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    directory = spool(tmp_path / "spool")
+    os.close(directory)
+    job = FlushJob(user=USER, key=KEY.secret, directory="/s", spool="/none", fragment=fragment())
+    result = transfer.run(job, directory)
+    assert isinstance(result, transfer.Refused)
+    assert "spool failed" in result.message
+
+
+def test_reads_that_are_shared_end_where_both_have_ended(tmp_path: Path) -> None:
+    reads = transfer.SharedReads()
+    opened = []
+    for name, size in (("a", 10), ("b", 0), ("c", 5)):
+        (tmp_path / name).write_bytes(bytes(size))
+        opened.append(reads.begin(os.open(tmp_path / name, os.O_RDONLY), size))
+
+    def still_open() -> list[int]:
+        return [fd for fd in opened if os.path.exists(f"/proc/self/fd/{fd}")]
+
+    for position, left in ((0, 3), (9, 3), (10, 1), (15, 1)):
+        reads.end_before(position)
+        assert still_open() == opened[-left:]
+    reads.close()
+    assert still_open() == []

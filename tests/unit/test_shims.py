@@ -1,0 +1,49 @@
+"""The commands of Slurm's that are something else inside a capsule."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpccr.coordinator.mpienv import SHIMS
+
+
+def call(command: str, environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/sh", "-c", f'{command} "$@"', "sh", *arguments], env=environ, capture_output=True, text=True, check=False
+    )
+
+
+def test_srun_is_refused_with_a_hint() -> None:
+    done = call("srun", {"PATH": f"{SHIMS}:{os.environ['PATH']}"}, "-n4", "./app")
+    assert (done.returncode, done.stdout) == (13, "")
+    assert done.stderr.startswith("hpccr: error: srun ") and "hint: " in done.stderr
+
+
+@pytest.mark.parametrize("path", ["{shims}:{real}", "{real}/none:{shims}:{real}", "{shims}:{shims}:{real}:{shims}"])
+def test_sbatch_takes_nothing_of_ours_along(tmp_path: Path, path: str) -> None:
+    real = tmp_path / "with space"
+    real.mkdir()
+    (real / "sbatch").write_text('#!/bin/sh\n/usr/bin/env\nfor word; do echo "argument $word"; done\nexit 3\n')
+    (real / "sbatch").chmod(0o755)
+    environ = {
+        "PATH": path.format(shims=SHIMS, real=real),
+        "HPCCR_OWN": "HYDRA_LAUNCHER HPCCR_STEP_SECRET",
+        "HYDRA_LAUNCHER": "rsh",
+        "HPCCR_STEP_SECRET": "5e",
+        "MINE": "kept",
+    }
+    done = call("sbatch", environ, "--wrap", "a b")
+    assert done.returncode == 3
+    lines = done.stdout.splitlines()
+    assert {"MINE=kept", "argument --wrap", "argument a b"} <= set(lines)
+    assert not [line for line in lines if line.startswith(("HYDRA_LAUNCHER", "HPCCR_"))]
+    (found,) = (line for line in lines if line.startswith("PATH="))
+    assert SHIMS not in found and str(real) in found
+
+
+def test_sbatch_that_is_not_there() -> None:
+    assert call("sbatch", {"PATH": SHIMS}).returncode == 127
