@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import secrets
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from hpccr.config import Config
 from hpccr.errors import HpccrError
+from hpccr.noded.spool import RUNTIME, Area
 
 READY_TIMEOUT = 30.0
 EMBEDDED_KEY = "/var/lib/hpccr/key"
@@ -23,18 +23,21 @@ EMBEDDED_KEY = "/var/lib/hpccr/key"
 @contextlib.contextmanager
 def node_service(config: Config) -> Iterator[str]:
     """Run hpccrd until the block ends; the path of its socket. Needs root. Raises HpccrError with its last words."""
-    run = Path(tempfile.mkdtemp(prefix="hpccr-", dir="/run"))
-    spool = Path(config.node.spool) / run.name
+    area = Area(os.path.join(config.node.run, RUNTIME))
+    os.makedirs(config.node.run, mode=0o755, exist_ok=True)
+    area.prepare()
+    # Among the capsules' directories and locked like them: what is left when both of us are killed, the next sweeps.
+    own = area.create(f"embedded-{secrets.token_hex(4)}")
     key = config.node.key if os.path.exists(config.node.key) else EMBEDDED_KEY
-    log = run / "hpccrd.log"
-    socket = run / "hpccrd.sock"
+    log = Path(own.path, "hpccrd.log")
+    socket = Path(own.path, "hpccrd.sock")
     command = [sys.executable, "-m", "hpccr.noded.daemon", "--embedded", "--exit-with-parent"]
-    command += ["--socket", str(socket), "--run", str(run), "--spool", str(spool), "--key", key]
+    command += ["--run", config.node.run, "--spool", config.node.spool, "--socket", str(socket), "--key", key]
     try:
         with log.open("wb") as output:
-            # Its own session: a ^C is the job's to handle, not the service's.
+            # Its own session: a ^C is the job's to handle, not the service's. It holds the directory's lock too.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, pass_fds=[own.fd]
             )
         try:
             _wait_ready(process, socket, log)
@@ -47,8 +50,7 @@ def node_service(config: Config) -> Iterator[str]:
                 process.kill()
                 process.wait()
     finally:
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.rmtree(spool, ignore_errors=True)
+        own.remove()
 
 
 def _wait_ready(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:

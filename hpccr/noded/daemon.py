@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -29,7 +28,7 @@ from hpccr.noded.network import Plumber
 from hpccr.noded.probe import Prober
 from hpccr.noded.service import BACKLOG, Service
 from hpccr.noded.spawned import watch
-from hpccr.noded.spool import Area, Spool
+from hpccr.noded.spool import RUNTIME, Area, Spool
 
 log = logging.getLogger("hpccrd")
 
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--run", metavar="DIR", help="runtime directory instead of node.run")
     result.add_argument("--spool", metavar="DIR", help="spool directory instead of node.spool")
     result.add_argument("--key", metavar="FILE", help="site key instead of node.key")
-    result.add_argument("--embedded", action="store_true", help="for one `hpccr run`: make the key if there is none")
+    result.add_argument("--embedded", action="store_true", help="for one `hpccr run`: make the key if there is none, share the node")
     result.add_argument("--exit-with-parent", action="store_true", help="end when the starting process ends")
     result.add_argument("-v", "--verbose", action="store_true", help="log what is done in detail")
     result.add_argument("--version", action="version", version=f"hpccrd {hpccr.__version__}")
@@ -131,7 +130,7 @@ async def serve(config: Config, key: seal.SiteKey, parent: int | None) -> None:
     watching = watch(parent) if parent is not None else None
     if watching is not None:
         watching.add_done_callback(lambda _: stop.set())
-    runtime = Area(os.path.join(config.node.run, "capsules"))
+    runtime = Area(os.path.join(config.node.run, RUNTIME))
     spool = Spool(config.node.spool, config.node.spool_reserve)
     plumber = Plumber(config.network, config.node.run)
     runtime.prepare()
@@ -174,16 +173,6 @@ async def _first_check(node: Node) -> None:
         node.criu_ready.set()
 
 
-def _remove_own(config: Config) -> None:
-    """The directories that a parent which was killed made for us alone."""
-    shutil.rmtree(config.node.run, ignore_errors=True)
-    try:
-        os.rmdir(config.node.spool)
-    except OSError as error:
-        # A flush under way still has its directory in there.
-        log.info("%s stays: %s", config.node.spool, error.strerror)
-
-
 def run(arguments: Sequence[str]) -> None:
     """Raises HpccrError for anything that keeps it from serving."""
     options = parser().parse_args(arguments)
@@ -203,13 +192,17 @@ def run(arguments: Sequence[str]) -> None:
     parent = die_with_parent() if options.exit_with_parent else None
     prepare_process()
     key = seal.load(config.node.key, generate=options.embedded)
+    if options.embedded:
+        # Several may run at once: what each has is in locked directories of its own.
+        asyncio.run(serve(config, key, parent))
+        # Its parent removes it too, but may have been killed.
+        shutil.rmtree(os.path.dirname(config.node.socket), ignore_errors=True)
+        return
     held = lock(config.node.run)
     try:
         asyncio.run(serve(config, key, parent))
     finally:
         os.close(held)
-        if parent is not None and select.select([parent], [], [], 0)[0]:
-            _remove_own(config)
 
 
 def entry() -> None:

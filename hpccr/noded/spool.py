@@ -14,6 +14,9 @@ import stat
 
 from hpccr.errors import UsageError
 
+RUNTIME = "capsules"
+"""The runtime area's place in node.run."""
+
 
 class Directory:
     """A directory of ours, mode 0700, locked by the descriptor `fd`."""

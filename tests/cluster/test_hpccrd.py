@@ -65,10 +65,9 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 @pytest.fixture
-def node(cluster: Cluster, untouched: None) -> Iterator[str]:
+def node(cluster: Cluster, untouched: None) -> str:
     """A node on which nothing of hpccr is left afterwards."""
-    yield cluster.nodes[0]
-    check(cluster, cluster.nodes[0], "clean", user="root")
+    return cluster.nodes[0]
 
 
 @pytest.fixture

@@ -103,6 +103,9 @@ def reap(hpccrd: Hpccrd, daemons: dict[int, str]) -> None:
 
 
 def main(role: str) -> None:
+    # A machine boots with all signals at their defaults, whatever the shell that started this one ignores.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     watched = {signal.SIGCHLD, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     # A blocked signal mask is inherited: daemons get an empty one.
