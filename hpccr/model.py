@@ -160,8 +160,6 @@ class Manifest(msgspec.Struct, frozen=True):
     stdin: Stream
     stdout: Stream
     stderr: Stream
-    tasks_per_capsule: tuple[int, ...]
-    """Ranks or CPUs Slurm gave each capsule's node, in capsule order (SLURM_TASKS_PER_NODE)."""
     freeze_seconds: float = 0.0
     """Longest time any capsule was frozen."""
     reason: str = ""

@@ -306,7 +306,6 @@ class Boot:
                 stdin=positions.stdin,
                 stdout=positions.stdout,
                 stderr=positions.stderr,
-                tasks_per_capsule=(),
                 freeze_seconds=max(r.frozen_seconds for r in released),
                 reason=self._reason,
             )

@@ -24,6 +24,7 @@ TEST_LIMIT = 900 if soak() else 240
 CLEAN_WITHIN = 20.0
 """Seconds for the last trace of a job to go: capsules are taken down after Slurm has forgotten the job."""
 SEED = int(os.environ.get("HPCCR_SEED") or random.SystemRandom().randrange(1, 1 << 31))
+os.environ["HPCCR_SEED"] = str(SEED)  # the workers of pytest-xdist use the same
 
 
 def pytest_report_header() -> str:
@@ -32,7 +33,15 @@ def pytest_report_header() -> str:
 
 
 def _name() -> str:
-    return os.environ.get("HPCCR_TESTBED") or "tests"
+    """The cluster's; with pytest-xdist every worker has one of its own, named in the Makefile too."""
+    name = os.environ.get("HPCCR_TESTBED") or "tests"
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    return f"{name}-{worker}" if worker else name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one worker has to do in one piece comes first, so that none is left with it alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("testbed")
+
 TESTBED = Path(__file__).resolve().parents[1] / "testbed" / "testbed"
 INSTANCE = "selftest"
 ENVIRONMENT = {**os.environ, "HPCCR_TESTBED": INSTANCE}

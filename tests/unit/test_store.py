@@ -55,7 +55,6 @@ def manifest(checkpoint: Checkpoint, capsules: int) -> Manifest:
         stdin=Stream(None),
         stdout=Stream(5),
         stderr=Stream(None),
-        tasks_per_capsule=(1,) * capsules,
     )
 
 
