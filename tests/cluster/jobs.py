@@ -305,7 +305,10 @@ class Jobs:
 
     def report(self, nodes: Sequence[str]) -> str:
         parts = [job.report() for job in self.all]
-        for node in nodes:
-            log = self.cluster.root(node) / "var/log/hpccrd.log"
-            parts.append(f"--- {node}: hpccrd.log\n{last_lines(log, 25)}")
+        logs = {"ctl": ("slurm/slurmctld.log",)} | dict.fromkeys(nodes, ("hpccrd.log", "slurm/slurmd.log"))
+        for node, names in logs.items():
+            for name in names:
+                log = self.cluster.root(node) / "var/log" / name
+                if log.exists():
+                    parts.append(f"--- {node}: {name}\n{last_lines(log, 25)}")
         return "\n".join(parts)
