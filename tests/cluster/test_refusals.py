@@ -322,7 +322,8 @@ def test_the_store_is_full(jobs: Jobs, cluster: Cluster, workloads: Workloads) -
 
 def test_what_cannot_be_checkpointed(jobs: Jobs) -> None:
     """A process in namespaces of its own: refused by name before anything is frozen."""
-    job = jobs.submit("unshare --user --pid --fork sleep 60", nodes=1, tasks=1)
+    inside = "trap 'exit 0' TERM; sleep 60 & wait"  # a first process ignores what it has no handler for
+    job = jobs.submit(f'unshare --user --pid --fork sh -c "{inside}"', nodes=1, tasks=1)
     job.wait_event("started")
     wait_for("the program", lambda: job.cluster.pids(job.slurm().nodes[0], "^sleep 60"))
     refused(job.hpccr("checkpoint"), UNSUPPORTED, "(unshare)")
