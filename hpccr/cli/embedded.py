@@ -37,7 +37,12 @@ def node_service(config: Config) -> Iterator[str]:
         with log.open("wb") as output:
             # Its own session: a ^C is the job's to handle, not the service's. It holds the directory's lock too.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, pass_fds=[own.fd]
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=[own.fd],
             )
         try:
             _wait_ready(process, socket, log)

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--run", metavar="DIR", help="runtime directory instead of node.run")
     result.add_argument("--spool", metavar="DIR", help="spool directory instead of node.spool")
     result.add_argument("--key", metavar="FILE", help="site key instead of node.key")
-    result.add_argument("--embedded", action="store_true", help="for one `hpccr run`: make the key if there is none, share the node")
+    result.add_argument("--embedded", action="store_true", help="for one `hpccr run`: make the key, share the node")
     result.add_argument("--exit-with-parent", action="store_true", help="end when the starting process ends")
     result.add_argument("-v", "--verbose", action="store_true", help="log what is done in detail")
     result.add_argument("--version", action="version", version=f"hpccrd {hpccr.__version__}")

@@ -24,6 +24,7 @@ UNIT = Path(__file__).resolve().parents[2] / "hpccr/noded/dist/hpccrd.service"
 @contextmanager
 def hpccrd(directory: str, *before: str, options: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
     """An embedded hpccrd that has told that it is ready."""
+    os.makedirs(f"{directory}/own", exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
         ready.bind(f"{directory}/notify")
         ready.settimeout(DEADLINE)
@@ -38,10 +39,11 @@ def hpccrd(directory: str, *before: str, options: Sequence[str] = ()) -> Iterato
             process.terminate()
             assert process.wait(DEADLINE) == 0
             assert ready.recv(100) == b"STOPPING=1"
+            os.unlink(f"{directory}/notify")
 
 
 def arguments(directory: str) -> list[str]:
-    places = {"socket": "sock", "run": "run", "spool": "spool", "key": "key"}
+    places = {"socket": "own/sock", "run": "run", "spool": "spool", "key": "key"}
     return ["--embedded", "--exit-with-parent", *(f"--{name}={directory}/{place}" for name, place in places.items())]
 
 
@@ -51,13 +53,11 @@ def run_cases(directory: str, *before: str) -> None:
         for argv in (["basic"], ["identity"], ["checkpoint", f"{directory}/store"]):
             subprocess.run(
                 [sys.executable, sys.argv[0], *argv],
-                env=os.environ | {"HPCCRD_SOCKET": f"{directory}/sock"},
+                env=os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"},
                 check=True,
             )
         assert os.listdir(f"{directory}/run/capsules") == []
-        second = subprocess.run([HPCCRD, *arguments(directory)], capture_output=True, text=True, check=False)
-        assert (second.returncode, "another hpccrd" in second.stderr) == (11, True), second
-    assert not os.path.exists(f"{directory}/sock")
+    assert not os.path.exists(f"{directory}/own")
     assert os.listdir(f"{directory}/spool") == []
 
 
@@ -69,13 +69,43 @@ async def embedded() -> None:
 
 
 @case
+async def second() -> None:
+    """The node's hpccrd is alone in its directories; embedded ones share them."""
+
+    def run(directory: str) -> None:
+        with hpccrd(directory):
+            pass  # has made the key
+        places = [argument for argument in arguments(directory) if argument != "--embedded"]
+        os.mkdir(f"{directory}/own")
+        with subprocess.Popen([HPCCRD, *places]) as first:
+            try:
+                asyncio.run(appears(f"{directory}/own/sock"))
+                other = subprocess.run([HPCCRD, *places], capture_output=True, text=True, check=False)
+                assert (other.returncode, "another hpccrd" in other.stderr) == (11, True), other
+                with hpccrd(directory, options=[f"--socket={directory}/another/sock"]):
+                    assert os.path.exists(f"{directory}/own/sock")
+            finally:
+                first.terminate()
+        assert first.returncode == 0
+
+    with tempfile.TemporaryDirectory() as directory:
+        await asyncio.to_thread(run, directory)
+
+
+async def appears(path: str) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not os.path.exists(path):
+            await asyncio.sleep(0.02)
+
+
+@case
 async def impatient() -> None:
     """Connections without a request end when every coordinator would have given up."""
 
     def run(directory: str) -> None:
         Path(directory, "toml").write_text("[checkpoint]\nagent_timeout = 2.0\n")
         with hpccrd(directory, options=[f"--config={directory}/toml"]):
-            environment = os.environ | {"HPCCRD_SOCKET": f"{directory}/sock"}
+            environment = os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"}
             subprocess.run([sys.executable, sys.argv[0], "silent", "wait"], env=environment, check=True)
 
     with tempfile.TemporaryDirectory() as directory:
@@ -107,7 +137,7 @@ async def stopped() -> None:
         with hpccrd(directory):
             holder = subprocess.Popen(
                 [sys.executable, sys.argv[0], "hold"],
-                env=os.environ | {"HPCCRD_SOCKET": f"{directory}/sock"},
+                env=os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"},
                 stdout=subprocess.PIPE,
             )
             assert holder.stdout is not None
@@ -133,12 +163,10 @@ async def orphaned() -> None:
         )
         assert parent.stdout is not None
         pidfd = os.pidfd_open(int(parent.stdout.readline()))
-        async with asyncio.timeout(DEADLINE):
-            while not os.path.exists(f"{directory}/sock"):
-                await asyncio.sleep(0.02)
+        await appears(f"{directory}/own/sock")
         holder = subprocess.Popen(
             [sys.executable, sys.argv[0], "hold"],
-            env=os.environ | {"HPCCRD_SOCKET": f"{directory}/sock"},
+            env=os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -149,3 +177,4 @@ async def orphaned() -> None:
         assert select.select([pidfd], [], [], DEADLINE)[0], "hpccrd outlived its parent"
         assert holder.wait(DEADLINE) == 0
         os.close(pidfd)
+        assert not os.path.exists(f"{directory}/own")

@@ -59,8 +59,8 @@ class Job:
         return self.directory / "out.txt"
 
     def said(self) -> str:
-        """Its output so far, without a warning of PRRTE's own: where it starts agents (ssh, hpccr-rsh), parent and child
-        both name the child's process group, and a child that is executing already makes the parent complain."""
+        """Its output so far, without a warning of PRRTE's own: where it starts agents (ssh, hpccr-rsh), parent and
+        child both name the child's process group, and a child that is executing already makes the parent complain."""
         lines = self.output.read_text().splitlines(keepends=True)
         return "".join(line for line in lines if "plm:ssh: Warning: setpgid(" not in line)
 

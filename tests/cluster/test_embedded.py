@@ -83,10 +83,10 @@ def ended(process: subprocess.Popen[str], within: float = 120) -> int:
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, library: str) -> None:
     if library == "mpich":
-        command = workloads.pairs(rounds(1500, 6000), ranks=2)
+        command = workloads.pairs(rounds(2000, 6000), ranks=2)
     else:
         mpirun = OPEN_MPI.format(each=2, ranks=2)
-        command = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --steps {rounds(6000, 20000)}"
+        command = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --rate 100 --steps {rounds(1500, 5000)}"
     out = machine.place / "out.txt"
     first = machine.start(f"hpccr run {command} > /root/out.txt 2> /root/out-errors.txt")
     name = machine.job()

@@ -25,7 +25,7 @@ SLOW = 200
 ALONE = ("basic", "identity", "abort", "probe", "garbage", "wrong-create", "out-of-order", "wrong-start", "silent")
 ALONE += ("unread", "many-leases", "forged-tickets", "foreign-namespaces", "pair", "no-low-ports")
 STORING = ("checkpoint", "kill-at-release", "flush-outlives", "damaged")
-ROOT = ("forged-packets", "impatient", "embedded", "unit-capabilities", "stopped", "orphaned")
+ROOT = ("forged-packets", "impatient", "embedded", "second", "unit-capabilities", "stopped", "orphaned")
 STATES = (
     "creating",
     "created",

@@ -10,9 +10,13 @@ from nodes import Cluster
 
 ENDLESS = 1_000_000_000
 """Steps of a job that runs until it is cancelled."""
+RATE = 100
+"""Steps per second of such a job, which has to be there and not to be quick."""
 SOURCES = "/src/tests/cluster/programs"
 # More ranks than this machine has processors: without this every rank that waits takes the others' turn.
 OPEN_MPI = "mpirun.openmpi --map-by ppr:{each}:node --mca mpi_yield_when_idle 1 -n {ranks}"
+NICE = "nice"
+"""Before a rank's program: on a real node Slurm and hpccr would have a processor of their own."""
 
 
 class Workloads:
@@ -33,16 +37,17 @@ class Workloads:
     def melt(self, steps: int, *, ranks: int = 4, nodes: int = 2) -> str:
         """LAMMPS's Lennard-Jones melt of 4000 atoms under Open MPI; thermodynamic output goes to melt.log as well."""
         mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
-        return f"{mpirun} lmp -in {SOURCES}/melt.in -var size 10 -var steps {steps} -var every 10 -log melt.log"
+        return f"{mpirun} {NICE} lmp -in {SOURCES}/melt.in -var size 10 -var steps {steps} -var every 10 -log melt.log"
 
     def pairs(self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None) -> str:
         """The program that checks every byte and order of random messages, under MPICH."""
-        return f"mpirun.mpich -n {ranks} /shared/programs/pairs {seed or self.seed} {rounds} 10 {max_bytes}"
+        return f"mpirun.mpich -n {ranks} {NICE} /shared/programs/pairs {seed or self.seed} {rounds} 10 {max_bytes}"
 
     def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2) -> str:
         """The halo exchange in mpi4py, which also appends to residuals.txt."""
         mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
-        return f"{mpirun} python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt"
+        rate = f" --rate {RATE}" if steps == ENDLESS else ""
+        return f"{mpirun} {NICE} python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt{rate}"
 
     def check_endless(self, said: str) -> None:
         """What an endless stencil of the standard size has printed so far is what an undisturbed one prints first.

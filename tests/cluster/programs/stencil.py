@@ -1,6 +1,6 @@
 """Jacobi iteration on a square, halos exchanged between neighbours: residual per step, log file, checksum of the field.
 
-    mpirun -n N python3 stencil.py [--size 400] [--steps 500] [--every 1] [--log FILE]
+    mpirun -n N python3 stencil.py [--size 400] [--steps 500] [--every 1] [--log FILE] [--rate 100]
 
 Everything printed (and logged) is exact and the same in every run with the same arguments and number of ranks: the
 partial residuals are added by rank 0 in a fixed way, not by MPI in whatever order they come.
@@ -9,6 +9,7 @@ partial residuals are added by rank 0 in a fixed way, not by MPI in whatever ord
 import argparse
 import hashlib
 import math
+import time
 
 import numpy as np
 from mpi4py import MPI
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=1, help="steps between two printed residuals")
     parser.add_argument("--log", help="file that rank 0 appends the residual of every step to")
+    parser.add_argument("--rate", type=float, help="steps per second, at most")
     args = parser.parse_args()
 
     world = MPI.COMM_WORLD
@@ -42,6 +44,8 @@ def main() -> None:
 
     log = open(args.log, "a", encoding="ascii") if args.log and cart.rank == 0 else None  # noqa: SIM115 - until the end
     for step in range(1, args.steps + 1):
+        if args.rate:
+            time.sleep(1 / args.rate)
         exchange(cart, field, north, south, west, east)
         inner = 0.25 * (field[:-2, 1:-1] + field[2:, 1:-1] + field[1:-1, :-2] + field[1:-1, 2:])
         partial = float(np.sum((inner - field[1:-1, 1:-1]) ** 2))
