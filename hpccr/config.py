@@ -27,6 +27,8 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Complete checkpoints kept per step."""
     level: Annotated[int, msgspec.Meta(ge=1, le=19)] = 1
     """Of zstd."""
+    share: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    """Checkpoints that may rest on the same stored data; 1: each is whole by itself."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +41,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Node-local directory for images on their way to and from the store (root, 0700)."""
     spool_reserve: Annotated[int, msgspec.Meta(ge=0)] = 256 << 20
     """Bytes that must stay free in the spool after a dump."""
+    spool_size: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Bytes that images may take in the spool, kept ones too; 0: all of its file system, kept ones half of it."""
+    spool_keep: Annotated[float, msgspec.Meta(ge=0)] = 86400.0
+    """Seconds that the newest durable images stay in the spool for a restore on this node; 0: they do not."""
     flush_nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
     """Niceness of a flush beside a job that runs on; with 0 its I/O priority stays as it is too."""
     criu: str = "criu"
@@ -77,6 +83,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes; deleted files that are still open are saved up to this size each."""
     interval: str = "none"
     """Time between checkpoints: "30m", "2h", "HH:MM:SS", minutes, "auto" (by cost and node_mtbf) or "none"."""
+    backlog: Literal["skip", "wait"] = "skip"
+    """What a checkpoint by interval does while the one before is not in the store yet: it is left out, or waits."""
     at_limit: Literal["requeue", "none"] = "requeue"
     """Before a job's time limit: checkpoint and requeue it, or nothing."""
     node_mtbf: Seconds = 5 * 365.25 * 86400

@@ -7,7 +7,7 @@ from typing import Any
 
 from hpccr.cli.connect import ask
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_step
-from hpccr.cli.output import ProgressLine, duration, print_json, size
+from hpccr.cli.output import ProgressBar, duration, print_json, size
 from hpccr.config import Config
 from hpccr.store.layout import Step
 from hpccr.wire import messages as m
@@ -55,11 +55,10 @@ def run(args: argparse.Namespace, config: Config) -> int:
 
 def request(step: Step, message: m.CheckpointRequest, args: argparse.Namespace) -> m.CheckpointReply:
     """Ask for a checkpoint and show the progress on a terminal. Raises HpccrError."""
-    with ProgressLine(wanted=not args.json) as line:
+    with ProgressBar(wanted=not args.json) as bar:
 
         def show(progress: m.Progress) -> None:
-            amount = f" {size(progress.done)} of {size(progress.total)}" if progress.total else ""
-            line.show(f"{step.key}: {progress.phase}{amount}")
+            bar.show(f"{step.key}: {progress.phase}", progress.done, progress.total)
 
         return ask(step, message, m.CheckpointReply, timeout=args.timeout, progress=show)
 

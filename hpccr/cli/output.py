@@ -75,6 +75,50 @@ def age(moment: float, *, now: float | None = None) -> str:
     return duration(max(0.0, (time.time() if now is None else now) - moment))
 
 
+class ProgressBar:
+    """A bar of bytes on stderr, with speed and what is left; nothing at all if stderr is no terminal."""
+
+    def __init__(self, *, wanted: bool = True) -> None:
+        self._progress: Any = None
+        if wanted and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._progress.add_task("", total=None)
+
+    def show(self, text: str, done: int = 0, total: int = 0) -> None:
+        """total: 0 while it is not known."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=text, completed=done, total=total or None)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
 class ProgressLine:
     """One line on stderr that is rewritten while something goes on; nothing at all if stderr is no terminal."""
 

@@ -96,9 +96,11 @@ def _print_live(status: StepStatus, *, started: float) -> None:
     print(f"  started     {_moment(started)}")
     print(f"  nodes       {compress(status.nodes)}, {status.capsules} capsules")
     print(f"  incarnation {status.incarnation}")
-    print(f"  checkpoints {status.taken} taken, {status.failed} failed in this incarnation")
+    skipped = f", {status.skipped} left out: the one before was not in the store yet" if status.skipped else ""
+    print(f"  checkpoints {status.taken} taken, {status.failed} failed in this incarnation{skipped}")
     if status.flush is not None:
-        print(f"  flush       {size(status.flush.done)} of {size(status.flush.total)}")
+        waiting = ", and the next one waits for it" if status.waiting else ""
+        print(f"  flush       {size(status.flush.done)} of {size(status.flush.total)} in the store{waiting}")
     if status.last_error:
         print(f"  last error  {status.last_error}")
 

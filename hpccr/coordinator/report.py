@@ -12,6 +12,8 @@ from hpccr.wire import messages as m
 def progress(boot: Boot) -> m.Progress:
     """What is under way, and the bytes of the flush that have reached the store."""
     done, total = (sum(part) for part in zip(*boot.flushed.values(), strict=True)) if boot.flushed else (0, 0)
+    if boot.waiting:
+        return m.Progress(f"waits for checkpoint {boot.state.flush_sequence}", done, total)
     return m.Progress("flush" if boot.state.flushing else str(boot.state.phase), done, total)
 
 
@@ -39,6 +41,8 @@ def report(key: StepKey, boot: Boot | None, *, nodes: tuple[str, ...], incarnati
         flush=flush,
         taken=boot.taken,
         failed=boot.failed,
+        skipped=boot.skipped,
+        waiting=boot.waiting,
         last_error=boot.last_error,
     )
 

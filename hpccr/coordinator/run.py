@@ -297,7 +297,7 @@ class Coordinator:
             mtbf=config.node_mtbf / len(set(self._placement)),
             costs=lambda: self._checkpoints.costs,
             end_time=self._site.end_time if config.at_limit == "requeue" else None,
-            checkpoint=lambda: self._checkpoints.make(boot, "interval", wait=False),
+            checkpoint=lambda: self._checkpoints.make(boot, "interval", wait=config.backlog == "wait"),
             leave=lambda: self._checkpoints.leave(boot, "time limit"),
             log_choice=lambda text: self._event("interval", text=text),
         ).run()

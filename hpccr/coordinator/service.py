@@ -88,6 +88,9 @@ class Boot:
         self.last_error = ""
         self.failed = 0
         self.taken = 0
+        self.skipped = 0
+        self.waiting = False
+        """A checkpoint was asked for and waits for the one before to be durable."""
         self.flushed: dict[int, tuple[int, int]] = {}
         self._deadline: asyncio.TimerHandle | None = None
         self._turn = asyncio.Lock()
@@ -128,6 +131,9 @@ class Boot:
             case m.Flushing(sequence, done, total):
                 if sequence == self.state.flush_sequence:
                     self.flushed[member.capsule] = (done, total)
+            case m.Flushed(sequence, size, _) if sequence == self.state.flush_sequence:
+                self.flushed[member.capsule] = (size, size)
+                self.feed(plan.Reply(member.capsule, message))
             case _:
                 self.feed(plan.Reply(member.capsule, message))
 
@@ -247,6 +253,7 @@ class Boot:
                 fetch_seconds=[r.fetch_seconds for r in restored],
                 restore_seconds=[r.restore_seconds for r in restored],
                 bytes=sum(r.bytes for r in restored),
+                local=[r.local for r in restored],
             )
         else:
             self._event("started", nodes=self.nodes)
@@ -331,10 +338,11 @@ class Boot:
             freeze_seconds=manifest.freeze_seconds, criu_freeze_seconds=max(r.criu_freeze_seconds for r in released),
             total_seconds=total, kill=attempt.kill,
         )  # fmt: skip
-        self.flushed = {}
-        level = self._config.store.level
+        self.flushed = {k: (0, reply.bytes) for k, reply in enumerate(self.state.dumped)}
+        store = self._config.store
         for capsule in range(self.state.capsules):
-            self._members[capsule].post(m.Flush(str(checkpoint.capsule_path(capsule)), level))
+            directory = str(checkpoint.capsule_path(capsule))
+            self._members[capsule].post(m.Flush(directory, store.level, store.share))
         if self._released and not self._released.done():
             self._released.set_result(self.last)
 
@@ -352,9 +360,7 @@ class Boot:
             await self._until(self.running.wait())
             pending = self._durable.get(self.state.flush_sequence)
             if pending is not None and not pending.done() and not kill:
-                if not wait:
-                    raise LockedError(f"checkpoint {self.state.flush_sequence} is still being written to the store")
-                await self._until(asyncio.wait((pending,)))
+                await self._backlog(pending, reason, wait=wait)
             if self.outcome.done():
                 raise HpccrError("the job has ended")
             if self.state.phase is not Phase.RUNNING:
@@ -369,6 +375,23 @@ class Boot:
                     log.info("trying again in %g s: %s", pause, error.message)
                     await asyncio.sleep(pause)
             return await self._attempt(kill)
+
+    async def _backlog(self, pending: asyncio.Future[None], reason: str, *, wait: bool) -> None:
+        """The checkpoint before is not durable yet: leave this one out (LockedError), or wait until it is."""
+        before = self.state.flush_sequence
+        if not wait:
+            self.skipped += 1
+            self._event("skipped", reason=reason, pending=before)
+            raise LockedError(
+                f"checkpoint {before} is still being written to the store",
+                hint="longer intervals, or faster storage; checkpoint.backlog says what to do",
+            )
+        self._event("waiting", reason=reason, pending=before)
+        self.waiting = True
+        try:
+            await self._until(asyncio.wait((pending,)))
+        finally:
+            self.waiting = False
 
     async def _attempt(self, kill: bool) -> Snapshot:
         sequence = await asyncio.to_thread(self._step.next_sequence)
@@ -410,9 +433,10 @@ class Boot:
         """Take all capsules down and let the agents go; nothing of the job runs when this returns."""
         if self._deadline is not None:
             self._deadline.cancel()
+        over = self.outcome.done() and isinstance(self.outcome.result(), plan.Finished)
         for member in self._members:
             if not member.lost:
-                member.post(m.Destroy())
+                member.post(m.Destroy(over))
         try:
             async with asyncio.timeout(DESTROY_TIMEOUT):
                 for member in self._members:

@@ -51,6 +51,10 @@ class StepStatus(msgspec.Struct, frozen=True, kw_only=True):
     taken: int = 0
     """Checkpoints that were released, since this coordinator started."""
     failed: int = 0
+    skipped: int = 0
+    """Checkpoints by interval that were left out because the one before was not in the store yet."""
+    waiting: bool = False
+    """A checkpoint was asked for and waits for the one before to be in the store."""
     last_error: str = ""
 
 

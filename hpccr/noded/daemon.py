@@ -23,17 +23,20 @@ from hpccr import config as configuration
 from hpccr.config import Config
 from hpccr.errors import ExitCode, HpccrError, LockedError, UsageError
 from hpccr.noded import leftovers, probe, seal
-from hpccr.noded.lease import Node
 from hpccr.noded.network import Plumber
+from hpccr.noded.node import Node
 from hpccr.noded.probe import Prober
 from hpccr.noded.service import BACKLOG, Service
 from hpccr.noded.spawned import watch
-from hpccr.noded.spool import RUNTIME, Area, Spool
+from hpccr.noded.spool import RUNTIME, Area, Limits, Spool
 
 log = logging.getLogger("hpccrd")
 
 DESCRIPTORS = 16384
 """Descriptors wanted: some ten per capsule, a few per connection."""
+
+EXPIRE = 60.0
+"""Seconds between two looks for images that were kept long enough."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +58,8 @@ def configured(options: argparse.Namespace) -> Config:
     """The file's configuration with the command line's over it. Raises UsageError."""
     config = configuration.load(options.config)
     changes = {name: getattr(options, name) for name in ("socket", "run", "spool", "key") if getattr(options, name)}
+    if options.embedded:
+        changes["spool_keep"] = 0.0  # nobody would be there to remove them
     return msgspec.structs.replace(config, node=msgspec.structs.replace(config.node, **changes))
 
 
@@ -131,7 +136,7 @@ async def serve(config: Config, key: seal.SiteKey, parent: int | None) -> None:
     if watching is not None:
         watching.add_done_callback(lambda _: stop.set())
     runtime = Area(os.path.join(config.node.run, RUNTIME))
-    spool = Spool(config.node.spool, config.node.spool_reserve)
+    spool = Spool(Limits(config.node.spool, config.node.spool_reserve, config.node.spool_size))
     plumber = Plumber(config.network, config.node.run)
     runtime.prepare()
     spool.prepare()
@@ -149,6 +154,8 @@ async def serve(config: Config, key: seal.SiteKey, parent: int | None) -> None:
     service = Service(node, Prober(config, config.node.key, spool))
     with listen(config.node.socket) as listener:
         tasks = [asyncio.create_task(service.serve(listener)), asyncio.create_task(_first_check(node))]
+        if parent is None:
+            tasks.append(asyncio.create_task(_expire(node)))
         notify("READY=1")
         log.info("hpccrd %s serves on %s", hpccr.__version__, config.node.socket)
         stopping = asyncio.create_task(stop.wait())
@@ -161,6 +168,17 @@ async def serve(config: Config, key: seal.SiteKey, parent: int | None) -> None:
     if node.flushes:
         log.info("%d flushes go on without hpccrd", len(node.flushes))
     log.info("hpccrd has ended")
+
+
+async def _expire(node: Node) -> None:
+    """Remove images that were kept long enough; forever."""
+    while True:
+        try:
+            for name in await asyncio.to_thread(node.spool.expire, node.config.node.spool_keep):
+                log.info("removed %s: it was kept for node.spool_keep", name)
+        except OSError as error:
+            log.warning("the spool cannot be looked through: %s", error)
+        await asyncio.sleep(EXPIRE)
 
 
 async def _first_check(node: Node) -> None:

@@ -9,24 +9,21 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 import hpccr
-from hpccr.config import Config
-from hpccr.errors import CorruptError, HpccrError, PeerLostError, UsageError
-from hpccr.model import FORMAT, CapsuleImage, Fragment
-from hpccr.noded import addresses, control, leftovers, lifecycle, network, peer, transferring
-from hpccr.noded.admission import check_command, check_create, check_directory, check_stdio
+from hpccr.errors import HpccrError, PeerLostError, UsageError
+from hpccr.noded import addresses, control, leftovers, lifecycle, network, peer
+from hpccr.noded.admission import check_command, check_create, check_stdio
 from hpccr.noded.channel import Descriptors
+from hpccr.noded.images import Dumping, Images
 from hpccr.noded.initlink import Init, memory_file
 from hpccr.noded.lifecycle import State
-from hpccr.noded.network import Plan, Plumber
-from hpccr.noded.seal import SiteKey
-from hpccr.noded.spool import Area, Directory, Spool
-from hpccr.noded.transfer import FetchJob, FlushJob, Moved
+from hpccr.noded.network import Plan
+from hpccr.noded.node import Node, node_hosts
+from hpccr.noded.spool import Directory
 from hpccr.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -40,48 +37,6 @@ MARGIN = 15.0
 """Seconds added to the deadlines of phases: the capsule's own come first and say more."""
 SHORT = 30.0
 """Seconds for what takes no time."""
-MAX_HOSTS = 64 << 10
-"""Bytes of the node's /etc/hosts that a capsule's has."""
-MAX_UNREAD = 64 << 10
-"""Bytes of unread replies from which on progress is not reported."""
-
-
-@dataclass
-class Node:
-    """What all leases of one hpccrd share."""
-
-    config: Config
-    key: SiteKey
-    name: str
-    cpu_flags: tuple[str, ...]
-    plumber: Plumber
-    spool: Spool
-    runtime: Area
-    criu_ready: asyncio.Event
-    """Set when CRIU's own feature cache is there: with a hold on lo and no cache its probe would hang."""
-    flushes: set[asyncio.Task[None]] = field(default_factory=set)
-    endings: set[asyncio.Task[None]] = field(default_factory=set)
-    """Capsules being undone: a stop waits for them, whatever became of their connections."""
-    vnis: set[int] = field(default_factory=set)
-    claims: dict[str, int] = field(default_factory=dict)
-    """Bytes of the spool that dumps under way may still take, by lease name."""
-
-    def choose_vni(self) -> int:
-        while (vni := secrets.randbelow((1 << 24) - 1) + 1) in self.vnis:
-            pass
-        return vni
-
-
-@dataclass
-class Dumping:
-    """A checkpoint on its way: from Prepare until it is durable or given up."""
-
-    sequence: int
-    checkpoint: str
-    directory: Directory
-    created: float = 0.0
-    image: CapsuleImage | None = None
-    frozen_seconds: float = 0.0
 
 
 def present[T](part: T | None) -> T:
@@ -89,19 +44,6 @@ def present[T](part: T | None) -> T:
     if part is None:
         raise PeerLostError("the capsule is gone")
     return part
-
-
-def node_hosts() -> str:
-    """The node's /etc/hosts, as far as it fits into a packet to init beside the capsules' names."""
-    try:
-        with open("/etc/hosts", errors="replace") as file:
-            text = file.read(MAX_HOSTS + 1)
-    except OSError:
-        return ""
-    if len(text) > MAX_HOSTS:
-        log.warning("/etc/hosts is longer than %d bytes: names in it are not known inside capsules", MAX_HOSTS)
-        return ""
-    return text
 
 
 class Lease:
@@ -124,9 +66,8 @@ class Lease:
         self._namespace = -1
         self._making: asyncio.Future[Plan] | None = None
         self._plan: Plan | None = None
-        self._fetched: Directory | None = None
+        self._images = Images(node, self.name, emit)
         self._dumping: Dumping | None = None
-        self._released: Dumping | None = None
         self._aborted: str | None = None
         self._releasing = False
         self._ending: asyncio.Task[None] | None = None
@@ -165,7 +106,7 @@ class Lease:
                 return await self._the_init.request(request, m.Resumed, timeout=SHORT)
             case m.Unhold():
                 reply = await self._the_init.request(request, m.Unheld, timeout=SHORT)
-                await self._drop_fetched()
+                await self._images.drop_fetched()
                 return reply
             case m.Prepare():
                 return await self._do_prepare(request)
@@ -301,29 +242,9 @@ class Lease:
     async def _do_restore(self, request: m.Restore, descriptors: Descriptors) -> m.Restored:
         create, identity, config = present(self._create), present(self._identity), self._node.config
         check_stdio(request.stdin, request.merged, descriptors)
-        self._fetched = fetched = self._node.spool.create(f"{self.name}-restore")
-        job = FetchJob(
-            user=transferring.user(identity),
-            key=self._node.key.secret,
-            directory=check_directory(request.directory),
-            room=self._room(),
-            step=create.key,
-            checkpoint=request.checkpoint,
-            sequence=request.sequence,
-            capsule=create.capsule,
-            capsules=create.capsules,
-        )
-        transfer = transferring.Transfer(fetched, f"fetch {self.name}")
-        try:
-            async with asyncio.timeout(config.checkpoint.restore_timeout):
-                finished = await transfer.run(job, lambda moved: None)
-        except TimeoutError:
-            raise HpccrError(
-                f"fetching the checkpoint took longer than {config.checkpoint.restore_timeout:.0f} s",
-                hint="is the store's file system slow? checkpoint.restore_timeout is the limit",
-            ) from None
+        finished, fetched = await self._images.fetch(request, create, identity)
         if finished.image is None:
-            raise CorruptError("the transfer brought no image")
+            raise HpccrError("the transfer brought no image")
         directory = fetched.open()
         try:
             restored = await self._the_init.request(
@@ -339,7 +260,9 @@ class Lease:
             )
         finally:
             os.close(directory)
-        return msgspec.structs.replace(restored, fetch_seconds=finished.seconds, bytes=finished.bytes)
+        return msgspec.structs.replace(
+            restored, fetch_seconds=finished.seconds, bytes=finished.bytes, local=finished.local
+        )
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -349,10 +272,7 @@ class Lease:
         # The name is fresh though a failed checkpoint of the same number may still be on its way out.
         directory = self._node.spool.create(f"{self.name}-{request.sequence}-{secrets.token_hex(2)}")
         self._dumping = Dumping(request.sequence, request.checkpoint, directory)
-        # One that was never flushed is superseded.
-        superseded, self._released = self._released, None
-        if superseded is not None:
-            await asyncio.to_thread(superseded.directory.remove)
+        await self._images.supersede()
         fd = directory.open()
         try:
             prepared = await self._checkpointing(
@@ -360,7 +280,7 @@ class Lease:
                     freeze_timeout=config.freeze_timeout,
                     ghost_limit=config.ghost_limit,
                     outside=config.outside,
-                    room=self._room(),
+                    room=await asyncio.to_thread(self._node.room, self.name),
                 ),
                 m.Prepared,
                 config.prepare_timeout + MARGIN,
@@ -368,12 +288,8 @@ class Lease:
             )
         finally:
             os.close(fd)
-        self._node.claims[self.name] = prepared.estimate
+        await asyncio.to_thread(self._node.claim, self.name, prepared.estimate)
         return prepared
-
-    def _room(self) -> int:
-        claimed = sum(size for name, size in self._node.claims.items() if name != self.name)
-        return max(0, self._node.spool.room() - claimed)
 
     async def _checkpointing[R: m.Message](
         self, request: m.Message, reply: type[R], timeout: float, descriptors: tuple[int, ...] = ()
@@ -401,7 +317,8 @@ class Lease:
         finally:
             self._releasing = False
         dumping.frozen_seconds = released.frozen_seconds
-        self._dumping, self._released = None, dumping
+        self._dumping = None
+        await self._images.release(dumping)
         return released
 
     async def abort(self, reason: str) -> None:
@@ -432,60 +349,10 @@ class Lease:
             self.state = State.RUNNING
 
     def _do_flush(self, request: m.Flush) -> m.FlushStarted:
-        released, create, identity = self._released, present(self._create), present(self._identity)
-        if released is None or released.image is None:
-            raise UsageError("there is no released checkpoint to flush")
-        job = FlushJob(
-            user=transferring.user(identity),
-            key=self._node.key.secret,
-            directory=check_directory(request.directory),
-            spool=released.directory.path,
-            level=request.level,
-            # After a release that kills nobody's job waits for the processor, but the requeue waits for the flush.
-            nice=0 if self.state is State.ENDED else self._node.config.node.flush_nice,
-            fragment=Fragment(
-                format=FORMAT,
-                key=create.key,
-                checkpoint=released.checkpoint,
-                sequence=released.sequence,
-                capsule=create.capsule,
-                capsules=create.capsules,
-                uid=identity.uid,
-                gid=identity.gid,
-                created=released.created,
-                node=self._node.name,
-                image=msgspec.structs.replace(released.image, frozen_seconds=released.frozen_seconds),
-                files=(),
-            ),
-        )
-        transfer = transferring.Transfer(released.directory, f"flush {self.name}-{released.sequence}")
-        self._released = None
-        # The node's task, not the lease's: it goes on when the lease ends.
-        task = asyncio.create_task(self._flush(transfer, job, released))
-        self._node.flushes.add(task)
-        task.add_done_callback(self._node.flushes.discard)
+        # After a release that kills nobody's job waits for the processor, but the requeue waits for the flush.
+        nice = 0 if self.state is State.ENDED else self._node.config.node.flush_nice
+        self._images.flush(request, present(self._create), present(self._identity), nice=nice)
         return m.FlushStarted()
-
-    async def _flush(self, transfer: transferring.Transfer, job: FlushJob, released: Dumping) -> None:
-        sequence = released.sequence
-
-        def moved(event: Moved) -> None:
-            if self._emit(m.Flushing(sequence=sequence, done=event.done, total=event.total)) > MAX_UNREAD:
-                log.debug("capsule %s: nobody reads how the flush goes", self.name)
-
-        try:
-            finished = await transfer.run(job, moved)
-        except Exception as error:
-            log.warning("capsule %s: flush of checkpoint %d failed: %s", self.name, sequence, error)
-            if self._released is None and self._ending is None:
-                self._released = released  # it may be tried again
-            else:
-                await asyncio.to_thread(released.directory.remove)
-            hint = error.hint if isinstance(error, HpccrError) else "hpccrd's log on the node has the details"
-            self._emit(m.FlushFailed(sequence=sequence, message=str(error), hint=hint))
-            return
-        released.directory.release()
-        self._emit(m.Flushed(sequence=sequence, bytes=finished.bytes, seconds=finished.seconds))
 
     # --- life and death -----------------------------------------------------------------------------------------
 
@@ -504,10 +371,10 @@ class Lease:
         log.error("capsule %s: its init ended unexpectedly", self.name)
         self.lost.set()
 
-    async def _drop_fetched(self) -> None:
-        fetched, self._fetched = self._fetched, None
-        if fetched is not None:
-            await asyncio.to_thread(fetched.remove)
+    async def forget(self) -> None:
+        """The step is over: what is kept of it in the spool is of no use."""
+        if self._create is not None and self._identity is not None:
+            await self._images.forget(self._create, self._identity.uid)
 
     async def end(self) -> None:
         """Undo everything; returns when nothing is left but flushes under way. Safe to repeat and to cancel."""
@@ -520,7 +387,7 @@ class Lease:
     async def _undo(self) -> None:
         self.state = State.GONE
         self._node.claims.pop(self.name, None)
-        for step in (self._end_init, self._unmake_network, self._drop_fetched, self._drop_dumps, self._drop_runtime):
+        for step in (self._end_init, self._unmake_network, self._images.end, self._drop_dump, self._drop_runtime):
             try:
                 await step()
             except Exception:
@@ -550,10 +417,9 @@ class Lease:
             if namespace >= 0:
                 os.close(namespace)
 
-    async def _drop_dumps(self) -> None:
-        dumps = [dumping for dumping in (self._dumping, self._released) if dumping is not None]
-        self._dumping = self._released = None
-        for dumping in dumps:
+    async def _drop_dump(self) -> None:
+        dumping, self._dumping = self._dumping, None
+        if dumping is not None:
             await asyncio.to_thread(dumping.directory.remove)
 
     async def _drop_runtime(self) -> None:

@@ -16,7 +16,8 @@ import hpccr
 from hpccr.errors import ExitCode, HpccrError, UsageError
 from hpccr.noded import admission, peer
 from hpccr.noded.channel import Descriptors, FrameChannel
-from hpccr.noded.lease import Lease, Node
+from hpccr.noded.lease import Lease
+from hpccr.noded.node import Node
 from hpccr.noded.probe import Prober
 from hpccr.wire import messages as m
 from hpccr.wire.frames import FrameError
@@ -214,6 +215,8 @@ class Conversation:
                 await _cancel(self._aborting)
                 await _cancel(self._busy)
                 await self._lease.end()
+                if request.over:
+                    await self._lease.forget()
                 self._channel.post(m.Destroyed())
                 return False
             case m.Signal():

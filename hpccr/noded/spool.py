@@ -2,6 +2,10 @@
 
 Every directory in use is locked (flock on the directory itself), by hpccrd or by the transfer it was handed to. What
 is not locked has no owner any more: that is how leftovers are known, also when several hpccrds share a node.
+
+But for images that are kept (noded.kept): durable ones, which stay for a restore on this node. They have names of their
+own, are locked only while they are read, and are anybody's to remove: when they are old, when room is needed, when a
+newer one of the same capsule is there, and when their step has ended.
 """
 
 from __future__ import annotations
@@ -11,11 +15,19 @@ import fcntl
 import os
 import shutil
 import stat
+import time
+from typing import NamedTuple
+
+import msgspec
 
 from hpccr.errors import UsageError
 
 RUNTIME = "capsules"
 """The runtime area's place in node.run."""
+KEPT = "kept-"
+"""Names of kept images begin with this."""
+KEPT_PART = 2
+"""Without a limit of its own the spool's kept images take at most one part in so many of the file system."""
 
 
 class Directory:
@@ -41,8 +53,24 @@ class Directory:
     def remove(self) -> None:
         """Remove it with all that is in it, and unlock. Safe to repeat. Blocks."""
         if self.fd >= 0:
+            self._empty()
             shutil.rmtree(self.path, ignore_errors=True)
             self.release()
+
+    def _empty(self) -> None:
+        """Space comes back also where somebody has kept a descriptor, as a store worker can."""
+        try:
+            names = os.listdir(self.fd)
+        except OSError:
+            return
+        for name in names:
+            try:
+                status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+                # A restore has links to the files of a kept image, which stay.
+                if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                    os.close(os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd))
+            except OSError:
+                continue  # rmtree() says no more either
 
     def release(self) -> None:
         """Unlock, unless the descriptor was inherited by a transfer, which then goes on holding the lock."""
@@ -91,17 +119,123 @@ class Area:
         return found
 
 
+class Limits(msgspec.Struct, frozen=True):
+    """How much a spool may hold.
+
+    root: its directory. reserve: bytes that stay free in its file system. size: bytes that images may take; 0: as
+    many as the file system has, kept ones a part of it (KEPT_PART).
+    """
+
+    root: str
+    reserve: int = 0
+    size: int = 0
+
+
+class KeptImage(NamedTuple):
+    """since: when it became durable, seconds since the epoch."""
+
+    name: str
+    since: float
+    bytes: int
+
+
 class Spool(Area):
-    """Where images are on their way between a capsule and the store."""
+    """Where images are on their way between a capsule and the store, and where the newest durable ones stay."""
 
-    def __init__(self, root: str, reserve: int) -> None:
-        super().__init__(root)
-        self._reserve = reserve
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits.root)
+        self.limits = limits
 
-    def room(self) -> int:
-        """Bytes that may be written here without touching the reserve; never negative."""
+    def leftovers(self) -> list[Directory]:
+        found = []
+        for directory in super().leftovers():
+            if directory.name.startswith(KEPT):
+                directory.release()
+            else:
+                found.append(directory)
+        return found
+
+    def room(self, *, evicting: bool = True) -> int:
+        """Bytes that may be written here; evicting: if kept images go. Never negative."""
         status = os.statvfs(self.root)
-        return max(0, status.f_bavail * status.f_frsize - self._reserve)
+        room = status.f_bavail * status.f_frsize - self.limits.reserve
+        kept = sum(image.bytes for image in self.kept())
+        if self.limits.size:
+            room = min(room, self.limits.size - self._used())
+        return max(0, room + (kept if evicting else 0))
+
+    def make_room(self, count: int) -> None:
+        """Remove kept images, the oldest first, until `count` bytes can be written or none is left. Blocks."""
+        for image in self.kept():
+            if self.room(evicting=False) >= count:
+                return
+            self._remove(image.name)
+
+    def limit_kept(self) -> int:
+        """Bytes that kept images may take."""
+        status = os.statvfs(self.root)
+        return self.limits.size or status.f_blocks * status.f_frsize // KEPT_PART
+
+    def evict(self) -> None:
+        """Remove kept images, the oldest first, until they are within their limit. Blocks."""
+        images = self.kept()
+        excess = max(sum(image.bytes for image in images) - self.limit_kept(), 0)
+        for image in images:
+            if excess <= 0:
+                return
+            excess -= image.bytes if self._remove(image.name) else 0
+
+    def expire(self, seconds: float, *, now: float | None = None) -> list[str]:
+        """Remove images kept for longer than that; their names. Blocks."""
+        now = time.time() if now is None else now
+        return [image.name for image in self.kept() if now - image.since > seconds and self._remove(image.name)]
+
+    def drop(self, prefix: str, *, but: str = "") -> None:
+        """Remove the kept images whose names begin so, but for one. Those that are being read stay. Blocks."""
+        for image in self.kept():
+            if image.name.startswith(prefix) and image.name != but:
+                self._remove(image.name)
+
+    def kept(self) -> list[KeptImage]:
+        """The oldest first."""
+        found = []
+        for name in os.listdir(self.root):
+            if name.startswith(KEPT):
+                try:
+                    since = os.stat(os.path.join(self.root, name), follow_symlinks=False).st_mtime
+                except FileNotFoundError:
+                    continue
+                found.append(KeptImage(name, since, _bytes(os.path.join(self.root, name), set())))
+        return sorted(found, key=lambda image: image.since)
+
+    def take(self, name: str) -> Directory | None:
+        """A kept image, locked: nobody removes it until it is let go. None if it is not there, or in use."""
+        return _lock(os.path.join(self.root, name), wait=False)
+
+    def _remove(self, name: str) -> bool:
+        directory = self.take(name)
+        if directory is not None:
+            directory.remove()
+        return directory is not None
+
+    def _used(self) -> int:
+        seen: set[int] = set()
+        return sum(_bytes(os.path.join(self.root, name), seen) for name in os.listdir(self.root))
+
+
+def _bytes(path: str, seen: set[int]) -> int:
+    """Sizes of a directory's files, but of those seen; 0 for what has just gone."""
+    size = 0
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if status.st_ino not in seen:
+                    seen.add(status.st_ino)
+                    size += status.st_size
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return size
 
 
 def _lock(path: str, *, wait: bool) -> Directory | None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -76,48 +77,15 @@ class WorkerError(msgspec.Struct, frozen=True, tag_field="t", tag="error"):
 FromWorker = Ok | Taken | FragmentText | Data | End | WorkerError
 
 
-class Worker:
-    """The child with the user's ids, and frames to and from it. Every wait has the deadline `stall`."""
+class Link:
+    """Frames to and from the worker over one socket. Every wait has the deadline `stall`."""
 
-    def __init__(self, mode: str, user: User, *, stall: float = STALL) -> None:
-        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Either end may have got the worker's number, which is about to be used.
-        ours, theirs = (socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)) for end in pair)
-        for end in pair:
-            end.close()
-        ours.settimeout(stall)
-        for end in (ours, theirs):
-            _widen(end)
+    def __init__(self, sock: socket.socket, stall: float) -> None:
+        sock.settimeout(stall)
+        self._socket = sock
         self._stall = stall
-        self._socket = ours
         self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
         self._encoder = msgspec.msgpack.Encoder()
-        self._stderr = bytearray()
-        # The socket is put at its number here: in the child it could overwrite a descriptor of subprocess's own.
-        os.dup2(theirs.fileno(), WORKER)
-        theirs.close()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "hpccr.store.worker", mode],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[WORKER],
-                cwd="/",
-                env=ENVIRONMENT | {"HOME": user.home},
-                umask=0o077,
-                user=user.uid,
-                group=user.gid,
-                extra_groups=list(user.groups),
-                preexec_fn=drop_privileges,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            ours.close()
-            raise HpccrError(f"cannot start the store worker as user {user.uid}: {error}") from None
-        finally:
-            os.close(WORKER)
-        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
-        self._reader.start()
 
     def send(self, *, descriptor: int | None = None, **message: object) -> None:
         """Raises what the worker complained of, or HpccrError if it is gone or stalls. Whoever uses ready() and
@@ -186,6 +154,84 @@ class Worker:
             f"the store made no progress for {self._stall:.0f} s",
             hint="is its file system mounted and answering on this node?",
         )
+
+    def _lost(self, reason: str) -> HpccrError:
+        """The error to raise when nothing more can come from here."""
+        return HpccrError(f"the store worker failed: {reason}")
+
+    def shut(self) -> None:
+        """Wake whoever waits here, in any thread; nothing more comes."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end is gone
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Lane(Link):
+    """A further socket to a worker, for another thread."""
+
+    def __init__(self, sock: socket.socket, stall: float, lost: Callable[[str], HpccrError]) -> None:
+        super().__init__(sock, stall)
+        self._worker_lost = lost
+
+    def _lost(self, reason: str) -> HpccrError:
+        return self._worker_lost(reason)
+
+
+class Worker(Link):
+    """The child with the user's ids, and frames to and from it."""
+
+    def __init__(self, mode: str, user: User, *, stall: float = STALL) -> None:
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Either end may have got the worker's number, which is about to be used.
+        ours, theirs = (socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)) for end in pair)
+        for end in pair:
+            end.close()
+        for end in (ours, theirs):
+            _widen(end)
+        super().__init__(ours, stall)
+        self._stderr = bytearray()
+        # The socket is put at its number here: in the child it could overwrite a descriptor of subprocess's own.
+        os.dup2(theirs.fileno(), WORKER)
+        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "hpccr.store.worker", mode],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[WORKER],
+                cwd="/",
+                env=ENVIRONMENT | {"HOME": user.home},
+                umask=0o077,
+                user=user.uid,
+                group=user.gid,
+                extra_groups=list(user.groups),
+                preexec_fn=drop_privileges,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            ours.close()
+            raise HpccrError(f"cannot start the store worker as user {user.uid}: {error}") from None
+        finally:
+            os.close(WORKER)
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
+
+    def lane(self) -> Link:
+        """Another socket to the worker of a fetch, to be served at the same time. The caller's to close."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            for end in (ours, theirs):
+                _widen(end)
+            try:
+                self.send(t="lane", descriptor=theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        return Lane(ours, self._stall, self._lost)
 
     def _lost(self, reason: str) -> HpccrError:
         # Whatever it does now, it is not listened to any more.

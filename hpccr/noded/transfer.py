@@ -1,9 +1,9 @@
 """The transfer process: carries one capsule's images between the spool and the store, as root, beside hpccrd.
 
-Started by noded.transferring as `python -I -m hpccr.noded.transfer FD`, FD being the locked spool directory. It reads
-one FlushJob or FetchJob (msgpack) from stdin and writes Events as JSON lines to stdout; nobody has to read them: a
-flush goes on when hpccrd is gone. It never opens a path in the store: that does the worker (noded.storeworker), a child
-with the user's ids and no privileges.
+Started by noded.transferring as `python -I -m hpccr.noded.transfer FD [KEPT]`, FD being the locked spool directory and
+KEPT the one with images of this very capsule that were kept, locked too. It reads one FlushJob or FetchJob (msgpack)
+from stdin and writes Events as JSON lines to stdout; nobody has to read them: a flush goes on when hpccrd is gone. It
+never opens a path in the store: the worker does (noded.storeworker), a child with the user's ids and no privileges.
 """
 
 from __future__ import annotations
@@ -12,27 +12,35 @@ import ctypes
 import fcntl
 import itertools
 import os
-import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 
 import msgspec
 from blake3 import blake3
 
 from hpccr.errors import CorruptError, ExitCode, HpccrError
 from hpccr.model import CapsuleImage, FileEntry, Fragment, StepKey
+from hpccr.noded import kept
+from hpccr.noded.kept import Record
 from hpccr.noded.seal import SiteKey
-from hpccr.noded.storeworker import Data, End, FragmentText, Taken, User, Worker
+from hpccr.noded.spool import Directory, Limits, Spool
+from hpccr.noded.storeworker import Data, End, FragmentText, Link, Taken, User, Worker
 
 MAX_DATA = 1 << 20
 MAX_GIVEN = 64
 """Files that the worker may have been given and not have taken over yet."""
 MAX_ASKED = 64
-"""Files that the worker may have been asked for at once."""
+"""Files that the worker may have been asked for at once, on one lane."""
+LANES = 4
+"""Files that are fetched at the same time."""
+MAX_HELD = 4
+"""Pieces of MAX_DATA, per lane, that have come and are not written yet."""
 REPORT = 1.0
 """Seconds between two progress events."""
 
@@ -42,8 +50,8 @@ _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "riscv64": 30}
 
 
 class FlushJob(msgspec.Struct, frozen=True, tag=True):
-    """Copy the spool directory to `directory`; `fragment` is complete but for its files. Removes the spool directory,
-    whose path is `spool`, once all is durable."""
+    """Copy the spool directory to `directory`; `fragment` is complete but for its files. Once all is durable the spool
+    directory, whose path is `spool`, becomes the capsule's kept image, or is removed if `keep` is None."""
 
     user: User
     key: bytes
@@ -52,20 +60,24 @@ class FlushJob(msgspec.Struct, frozen=True, tag=True):
     fragment: Fragment
     level: int = 1
     """Of zstd."""
+    share: int = 20
+    """Checkpoints that may rest on the same stored data."""
     nice: int = 5
     """Added to the niceness; with 0 the I/O priority stays as it is too."""
+    keep: Limits | None = None
 
 
 class FetchJob(msgspec.Struct, frozen=True, tag=True):
     """Copy the fragment in `directory` to the empty spool directory, if it is what the other fields say.
 
-    room: bytes that the spool can take.
+    room: bytes that the spool can take, kept images gone; limits: of that spool.
     """
 
     user: User
     key: bytes
     directory: str
     room: int
+    limits: Limits
     step: StepKey
     checkpoint: str
     sequence: int
@@ -81,11 +93,12 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The end of a transfer that succeeded; image only of a fetch."""
+    """The end of a transfer that succeeded. image and local only of a fetch; local: nothing of the store was read."""
 
     bytes: int
     seconds: float
     image: CapsuleImage | None = None
+    local: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -105,9 +118,12 @@ class Report:
     def __init__(self, total: int) -> None:
         self.done, self._total = 0, total
         self._last = 0.0
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        self.at(self.done + count)
+        """From any thread."""
+        with self._lock:
+            self.at(self.done + count)
 
     def at(self, done: int) -> None:
         self.done = done
@@ -145,7 +161,7 @@ def flush(job: FlushJob, spool: int, *, worker: Callable[[str, User], Worker] = 
         report.at(moved)
 
     try:
-        link.send(t="open", directory=job.directory, total=total, level=job.level)
+        link.send(t="open", directory=job.directory, total=total, level=job.level, share=job.share)
         link.expect_ok()
         files = []
         # Sorted, so that a pagemap comes before its pages: the worker cuts those by it.
@@ -169,16 +185,26 @@ def flush(job: FlushJob, spool: int, *, worker: Callable[[str, User], Worker] = 
         while taken < len(names):
             listen()
         fragment = msgspec.structs.replace(job.fragment, files=tuple(files))
-        link.send(t="publish", fragment=msgspec.json.encode(SiteKey(job.key).seal(fragment)))
+        text = msgspec.json.encode(SiteKey(job.key).seal(fragment))
+        link.send(t="publish", fragment=text)
         link.expect_ok()
     finally:
         link.close()
         reads.close()
-    for name in names:
-        # Its space comes back also if somebody has kept the descriptor that the worker got.
-        os.close(os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=spool))
-    shutil.rmtree(job.spool, ignore_errors=True)
-    return Finished(bytes=total, seconds=time.monotonic() - began)
+    finished = Finished(bytes=total, seconds=time.monotonic() - began)
+    if not _kept(job, spool, fragment, Record(job.directory, text.decode())):
+        Directory(job.spool, os.dup(spool)).remove()
+    return finished
+
+
+def _kept(job: FlushJob, spool: int, fragment: Fragment, record: Record) -> bool:
+    if job.keep is None:
+        return False
+    try:
+        return kept.keep(Spool(job.keep), job.spool, spool, fragment, record)
+    except OSError as error:
+        print(f"the images are not kept in the spool: {error}", file=sys.stderr)
+        return False
 
 
 class SharedReads:
@@ -220,9 +246,14 @@ def _opened(spool: int, name: str) -> int:
     return fd
 
 
-def fetch(job: FetchJob, spool: int, *, worker: Callable[[str, User], Worker] = Worker) -> Finished:
-    """Raises CorruptError naming what is wrong, or HpccrError."""
+def fetch(job: FetchJob, spool: int, *, copy: int = -1, worker: Callable[[str, User], Worker] = Worker) -> Finished:
+    """copy: the kept image of this capsule, if there is one: used if it is intact, else the store is.
+
+    Raises CorruptError naming what is wrong, or HpccrError.
+    """
     began = time.monotonic()
+    if copy >= 0 and (fragment := _local(job, spool, copy)) is not None:
+        return Finished(bytes=fragment.bytes, seconds=time.monotonic() - began, image=fragment.image, local=True)
     link = worker("fetch", job.user)
     try:
         link.send(t="open", directory=job.directory)
@@ -236,18 +267,79 @@ def fetch(job: FetchJob, spool: int, *, worker: Callable[[str, User], Worker] = 
                 f"the checkpoint takes {fragment.bytes >> 20} MiB and the spool of this node has {job.room >> 20} MiB",
                 hint="free space in the spool directory (node.spool), or use another node",
             )
+        Spool(job.limits).make_room(fragment.bytes)
         report = Report(fragment.bytes)
-        # Asked for ahead, so that the worker need not wait between small files.
-        asked = iter(fragment.files)
-        for file in itertools.islice(asked, MAX_ASKED):
-            link.send(t="get", name=file.name)
-        for file in fragment.files:
-            _take(link, spool, file, report, job.directory)
-            for ahead in itertools.islice(asked, 1):
-                link.send(t="get", name=ahead.name)
+        _take_all(link, spool, fragment, report, job.directory)
     finally:
         link.close()
     return Finished(bytes=report.done, seconds=time.monotonic() - began, image=fragment.image)
+
+
+def _take_all(link: Worker, spool: int, fragment: Fragment, report: Report, where: str) -> None:
+    """All files, over as many lanes as it pays for, each lane in a thread. Raises the first error of any."""
+    shares = _shares(fragment.files)
+    lanes: list[Link] = [link]
+    errors: list[BaseException] = []
+
+    def serve(lane: Link, files: list[FileEntry]) -> None:
+        try:
+            _take_some(lane, spool, files, report, where)
+        except BaseException as error:
+            errors.append(error)
+            for other in lanes:
+                other.shut()
+
+    try:
+        while len(lanes) < len(shares):
+            lanes.append(link.lane())
+        threads = [threading.Thread(target=serve, args=pair) for pair in zip(lanes, shares, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for lane in lanes[1:]:
+            lane.close()
+    if errors:
+        raise errors[0]
+
+
+def _shares(files: Sequence[FileEntry]) -> list[list[FileEntry]]:
+    """The files in at most LANES parts of about the same size; one part if there is little."""
+    large = sum(file.size >= MAX_DATA for file in files)
+    shares: list[list[FileEntry]] = [[] for _ in range(max(1, min(LANES, large)))]
+    sizes = [0] * len(shares)
+    for file in sorted(files, key=lambda file: file.size, reverse=True):
+        least = sizes.index(min(sizes))
+        shares[least].append(file)
+        sizes[least] += file.size
+    return shares
+
+
+def _take_some(link: Link, spool: int, files: list[FileEntry], report: Report, where: str) -> None:
+    # Asked for ahead, so that the worker need not wait between small files.
+    asked = iter(files)
+    for file in itertools.islice(asked, MAX_ASKED):
+        link.send(t="get", name=file.name)
+    with ThreadPoolExecutor(1) as sink:
+        for file in files:
+            _take(link, spool, file, report, where, sink)
+            for ahead in itertools.islice(asked, 1):
+                link.send(t="get", name=ahead.name)
+
+
+def _local(job: FetchJob, spool: int, copy: int) -> Fragment | None:
+    """The fragment, its files linked into the spool directory; None, and nothing linked, if the copy is not intact."""
+    try:
+        fragment = kept.read(copy, SiteKey(job.key), job.directory)
+        check(job, fragment)
+        kept.use(copy, spool, fragment)
+    except (HpccrError, OSError) as error:
+        print(f"the copy in the spool cannot be used, reading the store: {error}", file=sys.stderr)
+        for name in os.listdir(spool):
+            os.unlink(name, dir_fd=spool)
+        return None
+    return fragment
 
 
 def check(job: FetchJob, fragment: Fragment) -> None:
@@ -268,22 +360,34 @@ def check(job: FetchJob, fragment: Fragment) -> None:
         )
 
 
-def _take(link: Worker, spool: int, file: FileEntry, report: Report, where: str) -> None:
+def _take(link: Link, spool: int, file: FileEntry, report: Report, where: str, sink: Executor) -> None:
+    """One file; `sink`, a thread, hashes and writes what has come while more of it comes."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     digest, size = blake3(), 0
     fd = os.open(file.name, flags, 0o600, dir_fd=spool)
+    under_way: deque[Future[None]] = deque()
+
+    def write(view: memoryview) -> None:
+        digest.update(view)
+        report.add(len(view))
+        while view:
+            view = view[out.write(view) :]
+
     with os.fdopen(fd, "wb", buffering=0) as out:
-        while not isinstance(message := link.receive(), End):
-            if not isinstance(message, Data) or not message.data:
-                raise HpccrError(f"the store worker sent {type(message).__name__} inside the file {file.name}")
-            size += len(message.data)
-            if size > file.size:
-                break
-            digest.update(message.data)
-            view = message.data
-            while view:
-                view = view[out.write(view) :]
-            report.add(len(message.data))
+        try:
+            while not isinstance(message := link.receive(), End):
+                if not isinstance(message, Data) or not message.data:
+                    raise HpccrError(f"the store worker sent {type(message).__name__} inside the file {file.name}")
+                size += len(message.data)
+                if size > file.size:
+                    break
+                under_way.append(sink.submit(write, message.data))
+                while len(under_way) > MAX_HELD:
+                    under_way.popleft().result()
+        finally:
+            wait(under_way)
+        for future in under_way:
+            future.result()
     if size != file.size or digest.hexdigest() != file.digest:
         raise CorruptError(
             f"{where}/{file.name} is damaged: "
@@ -292,10 +396,10 @@ def _take(link: Worker, spool: int, file: FileEntry, report: Report, where: str)
         )
 
 
-def run(job: FlushJob | FetchJob, spool: int) -> Finished | Refused:
+def run(job: FlushJob | FetchJob, spool: int, copy: int = -1) -> Finished | Refused:
     """One transfer from beginning to end; never raises for what a user or a file system can cause."""
     try:
-        return flush(job, spool) if isinstance(job, FlushJob) else fetch(job, spool)
+        return flush(job, spool) if isinstance(job, FlushJob) else fetch(job, spool, copy=copy)
     except HpccrError as error:
         return Refused(message=error.message, hint=error.hint, code=int(error.code))
     except OSError as error:
@@ -317,14 +421,16 @@ def yield_to_the_job(nice: int) -> None:
 def main() -> int:
     # A listener that went away is no reason to stop.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    # The same open directory, and so its lock, at a number that leaves the worker's free.
-    spool = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, 10)
-    os.close(int(sys.argv[1]))
+    # The same open directories, and so their locks, at numbers that leave the worker's free.
+    given = [int(argument) for argument in sys.argv[1:]]
+    spool, *copies = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(10, *given) + 1) for fd in given)
+    for fd in given:
+        os.close(fd)
     with open(0, "rb", closefd=False) as stdin:
         job: FlushJob | FetchJob = msgspec.msgpack.decode(stdin.read(), type=FlushJob | FetchJob)
     if isinstance(job, FlushJob) and job.nice:
         yield_to_the_job(job.nice)
-    result = run(job, spool)
+    result = run(job, spool, *copies)
     tell(result)
     return 1 if isinstance(result, Refused) else 0
 

@@ -30,13 +30,15 @@ def user(identity: Identity) -> User:
 
 
 class Transfer:
-    """One transfer process. It holds the lock of the spool directory too, so it may outlive hpccrd."""
+    """One transfer process. It holds the locks of its directories too, so it may outlive hpccrd."""
 
-    def __init__(self, directory: Directory, label: str) -> None:
+    def __init__(self, label: str, directory: Directory, kept: Directory | None = None) -> None:
+        """kept: the capsule's kept image, for a fetch."""
+        descriptors = [given.fd for given in (directory, kept) if given is not None]
         self._spawned = Spawned(
-            [sys.executable, "-I", "-m", "hpccr.noded.transfer", str(directory.fd)],
+            [sys.executable, "-I", "-m", "hpccr.noded.transfer", *map(str, descriptors)],
             label=label,
-            descriptors=[directory.fd],
+            descriptors=descriptors,
             talks=True,
         )
 

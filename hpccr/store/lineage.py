@@ -24,9 +24,9 @@ from hpccr.store.index import INDEX_NAME, ROW, ZERO_PACK, Index, Known, Pack
 
 log = logging.getLogger(__name__)
 
-MAX_GENERATION = 20
-"""Checkpoints that may refer to a pack after the one that wrote it; then what is left of it is written again. So damage
-to one file, and the number of packs of a checkpoint, stay bounded."""
+SHARE = 20
+"""Checkpoints that may rest on one pack, unless said otherwise; then what is left of it is written again. So the reach
+of damage to one file, and the number of packs of a checkpoint, stay bounded."""
 MIN_LIVE = 0.5
 """Part of a pack that must still be in use; what is left of a pack below is written again, and the pack can go."""
 BLOCK = 64 << 10
@@ -53,8 +53,10 @@ def block_size(total: int) -> int:
     return block
 
 
-def inherit(directory: Path, total: int) -> Inheritance:
+def inherit(directory: Path, total: int, *, share: int = SHARE) -> Inheritance:
     """Find the parent of the capsule's directory that is being written, and link what can be referred to.
+
+    share: how many checkpoints may rest on one pack, the one that wrote it included.
 
     Raises OSError for what is wrong with the new directory itself, never for anything about older checkpoints.
     """
@@ -68,7 +70,7 @@ def inherit(directory: Path, total: int) -> Inheritance:
     found = Inheritance(block)
     numbers: dict[int, int] = {}
     for pack in parent.header.packs:
-        if pack.generation >= MAX_GENERATION or pack.live < pack.size * MIN_LIVE:
+        if pack.generation + 1 >= share or pack.live < pack.size * MIN_LIVE:
             continue
         if _link(parent.path.with_name(pack.name), directory / pack.name, pack.size):
             numbers[pack.number] = len(found.packs)

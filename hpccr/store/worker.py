@@ -3,7 +3,7 @@
 Started by hpccrd's transfer process (noded/storeworker.py) as `python -I -m hpccr.store.worker flush|fetch`.
 Descriptor 3 is a SOCK_STREAM unix socket to it; frames are a 4-byte big-endian length and a msgpack map, at most 4 MiB.
 
-flush, root -> worker: {"t":"open","directory":str,"total":int,"level":int}; then per file
+flush, root -> worker: {"t":"open","directory":str,"total":int,"level":int,"share":int}; then per file
   {"t":"file","name":str,"size":int} with a descriptor of the file, open for reading (SCM_RIGHTS), in the order of their
   names (so that a pagemap comes before its pages); at last {"t":"publish","fragment":bytes}, the text of fragment.json.
   worker -> root: {"t":"ok"} after open and after publish; in between {"t":"moved","done":int,"files":int}, the bytes
@@ -15,7 +15,8 @@ flush, root -> worker: {"t":"open","directory":str,"total":int,"level":int}; the
 
 fetch, root -> worker: {"t":"open","directory":str}; worker -> root: {"t":"fragment","fragment":bytes}; then
   root -> worker: {"t":"get","name":str}; worker -> root: {"t":"data","data":bytes<=1MiB}... {"t":"end"}; or error
-  (no fragment: code 10; a file it should have is missing or unreadable: code 12). The end of the socket ends it.
+  (no fragment: code 10; a file it should have is missing or unreadable: code 12). {"t":"lane"} brings another socket
+  (SCM_RIGHTS), over which files are asked for and sent at the same time. The end of the first socket ends it.
 
 An error ends the worker, and it may come at any time: after a send that failed (EPIPE, ECONNRESET), read the socket
 once more. Exit status: 0 after a finished transfer, 1 after an error.
@@ -42,15 +43,15 @@ import msgspec
 
 from hpccr.errors import CorruptError, ExitCode, HpccrError, LockedError, NoCheckpointError
 from hpccr.model import FRAGMENT_NAME, FlushProgress, Name, Size
-from hpccr.store import index, pagemap, publish
+from hpccr.store import index, lineage, pagemap, publish
 from hpccr.store.blocks import Reader, Writer
 from hpccr.store.layout import FLUSH_NAME
-from hpccr.store.lineage import inherit
 
 DESCRIPTOR = 3
 HEADER = struct.Struct("!I")
 MAX_FRAME = 4 << 20
 MAX_DATA = 1 << 20
+MAX_LANES = 16
 MAX_PAGEMAP = 64 << 20
 """Bytes of pagemap images whose pages have not come yet; what is more is not looked at."""
 MOVED_INTERVAL = 0.5
@@ -69,6 +70,7 @@ class FlushOpen(msgspec.Struct, frozen=True, tag_field="t", tag="open"):
     directory: str
     total: Size
     level: Annotated[int, msgspec.Meta(ge=1, le=19)] = 1
+    share: Annotated[int, msgspec.Meta(ge=1, le=100)] = lineage.SHARE
 
 
 class FlushFile(msgspec.Struct, frozen=True, tag_field="t", tag="file"):
@@ -96,6 +98,10 @@ class FetchGet(msgspec.Struct, frozen=True, tag_field="t", tag="get"):
     name: Name
 
 
+class FetchLane(msgspec.Struct, frozen=True, tag_field="t", tag="lane"):
+    pass
+
+
 class Ok(msgspec.Struct, frozen=True, tag_field="t", tag="ok"):
     pass
 
@@ -112,7 +118,7 @@ class Error(msgspec.Struct, frozen=True, tag_field="t", tag="error"):
 
 
 FlushRequest = FlushOpen | FlushFile | FlushPublish
-FetchRequest = FetchOpen | FetchGet
+FetchRequest = FetchOpen | FetchGet | FetchLane
 
 
 class ProtocolError(HpccrError):
@@ -240,7 +246,7 @@ def flush(link: Link) -> None:
             Progress(directory, request.total) as progress,
             Writer(
                 directory,
-                inherit(directory, request.total),
+                lineage.inherit(directory, request.total, share=request.share),
                 level=request.level,
                 read=(taken := Taken(link, progress)).add,
                 done=taken.end,
@@ -340,16 +346,36 @@ def fetch(link: Link) -> None:
         raise NoCheckpointError(
             f"there is no {FRAGMENT_NAME} in {directory}", hint="`hpccr list` shows the complete checkpoints"
         ) from None
+    lanes: list[threading.Thread] = []
     with Reader(directory, index.read_index(directory)) as reader:
-        while (body := link.receive()) is not None:
-            request = _decode(decoder.decode, body)
-            if not isinstance(request, FetchGet):
-                raise ProtocolError(f"{type(request).__name__} where a request for a file must come")
-            for piece in reader.stream(request.name):
-                view = memoryview(piece)
-                for start in range(0, len(piece), MAX_DATA):
-                    link.send_data(view[start : start + MAX_DATA])
-            link.send(End())
+        try:
+            while (body := link.receive()) is not None:
+                request = _decode(decoder.decode, body)
+                if isinstance(request, FetchLane) and len(lanes) < MAX_LANES:
+                    lane = socket.socket(fileno=link.descriptor())
+                    lanes.append(threading.Thread(target=_serve, args=("lane", lane, lambda one: _lane(one, reader))))
+                    lanes[-1].start()
+                elif isinstance(request, FetchGet):
+                    _send_file(link, reader, request.name)
+                else:
+                    raise ProtocolError(f"{type(request).__name__} where a request for a file must come")
+        finally:
+            for thread in lanes:
+                thread.join()
+
+
+def _lane(link: Link, reader: Reader) -> None:
+    decoder = msgspec.msgpack.Decoder(FetchGet)
+    while (body := link.receive()) is not None:
+        _send_file(link, reader, _decode(decoder.decode, body).name)
+
+
+def _send_file(link: Link, reader: Reader, name: str) -> None:
+    for piece in reader.stream(name):
+        view = memoryview(piece)
+        for start in range(0, len(piece), MAX_DATA):
+            link.send_data(view[start : start + MAX_DATA])
+    link.send(End())
 
 
 def _absolute(directory: str) -> Path:
@@ -376,17 +402,21 @@ def _decode[T](decode: Callable[[bytes], T], body: bytes | None) -> T:
 
 def serve(mode: str, sock: socket.socket) -> int:
     """Run one transfer over `sock`, report an error to the peer and close `sock`. Returns the exit status."""
+    return _serve(mode, sock, {"flush": flush, "fetch": fetch}[mode])
+
+
+def _serve(mode: str, sock: socket.socket, act: Callable[[Link], None]) -> int:
     with sock:
         link = Link(sock)
         try:
-            return _serve(mode, link)
+            return _act(mode, link, act)
         finally:
             link.close()
 
 
-def _serve(mode: str, link: Link) -> int:
+def _act(mode: str, link: Link, act: Callable[[Link], None]) -> int:
     try:
-        {"flush": flush, "fetch": fetch}[mode](link)
+        act(link)
         return 0
     except HpccrError as error:
         # The many ways in which a fragment can be damaged have one remedy.

@@ -116,11 +116,12 @@ class Flush(Message, frozen=True):
     """Copy the released checkpoint to `directory` (the capsule's directory in the store; made by the user's worker).
 
     Reply: FlushStarted; later Flushing events, then Flushed or FlushFailed. The flush goes on when the lease ends.
-    level: of zstd.
+    level: of zstd. share: checkpoints that may rest on the same stored data.
     """
 
     directory: str
     level: Annotated[int, msgspec.Meta(ge=1, le=19)] = 1
+    share: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
 
 
 class Restore(Message, frozen=True):
@@ -146,7 +147,12 @@ class Unhold(Message, frozen=True):
 
 
 class Destroy(Message, frozen=True):
-    """Kill the capsule and end the lease. Reply: Destroyed, when nothing of it is left."""
+    """Kill the capsule and end the lease. Reply: Destroyed, when nothing of it is left.
+
+    over: the step is over, and the images kept in the node's spool are of no use any more.
+    """
+
+    over: bool = False
 
 
 # --- replies and events -----------------------------------------------------------------------------------------
@@ -220,10 +226,13 @@ class FlushFailed(Message, frozen=True):
 
 
 class Restored(Message, frozen=True):
+    """local: the images were still in the node's spool, and nothing was read from the store."""
+
     fetch_seconds: float
     restore_seconds: float
     bytes: int
     tasks: int
+    local: bool = False
 
 
 class Resumed(Message, frozen=True):

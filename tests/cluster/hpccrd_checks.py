@@ -390,7 +390,8 @@ def leftovers() -> list[str]:
     left += [line for line in lines("nft", "list", "tables") if "hpccr" in line]
     left += lines("lsns", "-n", "-t", "net", "-o", "PID,COMMAND")[1:]
     left += [line for line in lines("ps", "-eo", "args") if "hpccr.noded" in line or "capsule/launch" in line]
-    left += os.listdir("/run/hpccr/capsules") + os.listdir("/var/spool/hpccr")
+    left += os.listdir("/run/hpccr/capsules")
+    left += [name for name in os.listdir("/var/spool/hpccr") if not name.startswith("kept-")]
     if os.path.exists("/run/hpccr/ip_forward"):
         left.append("ip_forward")
     return left

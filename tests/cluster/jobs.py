@@ -294,6 +294,7 @@ class Jobs:
         self.cluster.resume()
         for job in self.all:
             job.cancel()
+        self.cluster.forget_images()
         for user in {job.user for job in self.all}:
             shutil.rmtree(self.cluster.home(user) / self.name, ignore_errors=True)
         for job in self.all:

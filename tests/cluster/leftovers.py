@@ -90,10 +90,14 @@ def control_groups() -> list[str]:
 
 
 def files() -> list[str]:
-    """All there is in hpccr's directories, and what a job or capsule would have put where all processes can."""
+    """All there is in hpccr's directories, and what a job or capsule would have put where all processes can.
+
+    But for images kept in the spool: those stay on purpose (test_store has a test of when they go).
+    """
     found = []
     for top in ("/run/hpccr", "/var/spool/hpccr", "/dev/shm", "/tmp"):
         for directory, names, leaves in os.walk(top):
+            names[:] = [name for name in names if not name.startswith("kept-")]
             found += [os.path.join(directory, name) for name in (*names, *leaves)]
     found += [str(path) for path in Path("/run").glob("hpccr-*")]
     return found

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -195,6 +196,18 @@ class Cluster:
             yield
         finally:
             os.kill(pid, signal.SIGCONT)
+
+    # --- images in the spools -----------------------------------------------------------------------------------
+
+    def kept(self, node: str) -> list[Path]:
+        """What is kept in a node's spool for restores there, as this machine sees it."""
+        return sorted((self.root(node) / SPOOL[1:]).glob("kept-*"))
+
+    def forget_images(self) -> None:
+        """From now on every restore reads the store."""
+        for node in self.nodes:
+            for path in self.kept(node):
+                shutil.rmtree(path)
 
     # --- troubles -----------------------------------------------------------------------------------------------
 

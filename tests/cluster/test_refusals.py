@@ -233,6 +233,7 @@ def test_the_older_checkpoint_is_used(jobs: Jobs, workloads: Workloads, foreign:
     damage = damage_by(jobs, workloads, foreign=foreign)
     job.checkpoint()
     job.requeue_and_hold()
+    job.cluster.forget_images()
     damage(job.step() / "ckpt-000002")
     job.release()
     assert job.wait_event("restored")["sequence"] == 1
@@ -246,6 +247,7 @@ def test_no_older_checkpoint(jobs: Jobs, workloads: Workloads, foreign: bool) ->
     job = start(jobs, workloads)
     damage = damage_by(jobs, workloads, foreign=foreign)
     job.requeue_and_hold()
+    job.cluster.forget_images()
     damage(job.step() / "ckpt-000001")
     job.release()
     ended = job.wait_over()
@@ -301,7 +303,7 @@ def test_the_spool_is_full(jobs: Jobs, cluster: Cluster, workloads: Workloads) -
         refused(job.hpccr("checkpoint"), FAILED, node, "spool")
         refused(job.hpccr("requeue"), FAILED, node, "spool")
     assert [event["sequence"] for event in job.events("released")] == [1]
-    assert not list((cluster.root(node) / SPOOL[1:]).iterdir())
+    assert list((cluster.root(node) / SPOOL[1:]).iterdir()) == cluster.kept(node)
     lives_on(job, workloads)
 
 

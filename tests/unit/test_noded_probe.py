@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpccr.noded import probe
-from hpccr.noded.spool import Spool
+from hpccr.noded.spool import Limits, Spool
 
 
 def program(path: Path, text: str) -> str:
@@ -56,9 +56,9 @@ def test_key_and_spool_findings_name_the_remedy(tmp_path: Path) -> None:
     found = probe.check_key(str(tmp_path / "key"))
     assert found.ok
     assert "0" * 64 not in found.detail
-    assert probe.check_spool(Spool(str(tmp_path), 0), 0).ok
-    assert "free space" in probe.check_spool(Spool(str(tmp_path), 1 << 60), 1 << 60).hint
-    assert not probe.check_spool(Spool(str(tmp_path / "none"), 0), 0).ok
+    assert probe.check_spool(Spool(Limits(str(tmp_path))), 0).ok
+    assert "free space" in probe.check_spool(Spool(Limits(str(tmp_path), 1 << 60)), 1 << 60).hint
+    assert not probe.check_spool(Spool(Limits(str(tmp_path / "none"))), 0).ok
 
 
 @pytest.mark.parametrize("name", ["flags\t\t", "Features\t"])

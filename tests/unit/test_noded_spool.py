@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpccr.errors import UsageError
-from hpccr.noded.spool import Area, Spool
+from hpccr.noded.spool import Area, Limits, Spool
 
 
 @pytest.fixture
@@ -97,5 +97,5 @@ def test_an_area_behind_a_link_is_refused(tmp_path: Path) -> None:
 
 
 def test_room_leaves_the_reserve(tmp_path: Path) -> None:
-    assert Spool(str(tmp_path), 1 << 60).room() == 0
-    assert Spool(str(tmp_path), 0).room() > 0
+    assert Spool(Limits(str(tmp_path), 1 << 60)).room() == 0
+    assert Spool(Limits(str(tmp_path))).room() > 0

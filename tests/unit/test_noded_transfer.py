@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -20,6 +21,7 @@ from hpccr.errors import CorruptError, HpccrError
 from hpccr.model import FORMAT, CapsuleImage, FileEntry, Fragment, Stdio, StepKey
 from hpccr.noded import storeworker, transfer
 from hpccr.noded.seal import SiteKey
+from hpccr.noded.spool import Limits
 from hpccr.noded.storeworker import User, Worker
 from hpccr.noded.transfer import FetchJob, FlushJob
 
@@ -57,11 +59,7 @@ class Scripted(Worker):
 
     def __init__(self, script: Callable[[Peer], None], stall: float = 10.0) -> None:
         ours, theirs = socket.socketpair()
-        ours.settimeout(stall)
-        self._stall = stall
-        self._socket = ours
-        self._decoder = msgspec.msgpack.Decoder(storeworker.FromWorker)
-        self._encoder = msgspec.msgpack.Encoder()
+        storeworker.Link.__init__(self, ours, stall)
         self._stderr = bytearray(b"last words\n")
         self.failure: BaseException | None = None
 
@@ -129,6 +127,7 @@ def fetch(
         key=KEY.secret,
         directory="/s",
         room=room,
+        limits=Limits(str(tmp_path)),
         step=STEP,
         checkpoint="0" * 32,
         sequence=3,
@@ -275,12 +274,22 @@ def serving(made: Fragment, files: dict[str, bytes], key: SiteKey = KEY) -> Call
     def worker(peer: Peer) -> None:
         assert peer.hear() == {"t": "open", "directory": "/s"}
         peer.say(t="fragment", fragment=msgspec.json.encode(key.seal(made)))
+        serve(peer)
+
+    def serve(peer: Peer) -> None:
         while True:
-            name = peer.hear()["name"]
-            content = files[name]
+            message = peer.hear()
+            if message["t"] == "lane":
+                threading.Thread(target=lane, args=(socket.socket(fileno=peer.descriptors.pop()),)).start()
+                continue
+            content = files[message["name"]]
             for start in range(0, len(content), 1 << 20):
                 peer.say(t="data", data=content[start : start + (1 << 20)])
             peer.say(t="end")
+
+    def lane(sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError, struct.error):
+            serve(Peer(sock))
 
     return worker
 
@@ -294,6 +303,23 @@ def test_fetch_brings_what_was_sealed(tmp_path: Path) -> None:
         path = tmp_path / "spool" / name
         assert path.read_bytes() == content
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_fetch_brings_several_large_files_at_once(tmp_path: Path, count: int) -> None:
+    files = {f"{number}.img": os.urandom((1 << 20) + number * 77777) for number in range(count)} | {"small": b"x"}
+    made = fragment(files=tuple(entry(name, content) for name, content in files.items()))
+    finished = fetch(tmp_path, serving(made, files))
+    assert finished.bytes == made.bytes
+    assert {name: (tmp_path / "spool" / name).read_bytes() for name in files} == files
+
+
+def test_damage_on_one_lane_ends_all(tmp_path: Path) -> None:
+    files = {f"{number}.img": os.urandom(3 << 20) for number in range(4)}
+    made = fragment(files=tuple(entry(name, content) for name, content in files.items()))
+    files["2.img"] = files["2.img"][:-1] + bytes([files["2.img"][-1] ^ 1])
+    with pytest.raises(CorruptError, match=r"/s/2\.img is damaged"):
+        fetch(tmp_path, serving(made, files))
 
 
 @pytest.mark.parametrize("content", [b"", b"hellO", b"hell", b"hello!", bytes(100)])

@@ -38,9 +38,10 @@ def opened(data: bytes) -> int:
     return fd
 
 
-def write(directory: Path, files: dict[str, bytes], **options: int) -> None:
+def write(directory: Path, files: dict[str, bytes], *, share: int = lineage.SHARE, **options: int) -> None:
     publish.make_directory(directory)
-    with Writer(directory, inherit(directory, sum(map(len, files.values()))), level=1, **options) as writer:
+    inherited = inherit(directory, sum(map(len, files.values())), share=share)
+    with Writer(directory, inherited, level=1, **options) as writer:
         for name, data in files.items():
             writer.add(name, opened(data), len(data))
         writer.finish(TEXT)
@@ -189,15 +190,29 @@ def test_unfinished_packs_vanish(tmp_path: Path) -> None:
 # --- lineage ------------------------------------------------------------------------------------------------------
 
 
-def test_a_pack_is_written_again_after_so_many_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lineage, "MAX_GENERATION", 3)
-    data = noise(1, BLOCK)
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_a_pack_is_written_again_after_so_many_checkpoints(tmp_path: Path, share: int) -> None:
+    data = [noise(number, BLOCK) for number in range(8)]
     sizes = []
     for sequence in range(1, 10):
-        write(capsule(tmp_path, sequence), {"a": data})
-        assert content(capsule(tmp_path, sequence)) == {"a": data}
+        write(capsule(tmp_path, sequence), {"a": data[0]}, share=share)
+        assert content(capsule(tmp_path, sequence)) == {"a": data[0]}
         sizes.append(written(capsule(tmp_path, sequence)))
-    assert sizes == [BLOCK, 0, 0, 0] * 2 + [BLOCK]
+    assert sizes == ([BLOCK] + [0] * (share - 1)) * (8 // share) + [BLOCK]
+
+
+@pytest.mark.parametrize("share", [1, 2, 3])
+def test_one_damaged_pack_spares_a_checkpoint_of_more_than_share_in_it(tmp_path: Path, share: int) -> None:
+    """Whichever pack is lost, of any `share` + 1 checkpoints that follow one another one is still whole."""
+    data = [noise(number, BLOCK) for number in range(6)]
+    for sequence in range(1, 13):
+        data[sequence % 6] = noise(100 + sequence, BLOCK)
+        write(capsule(tmp_path, sequence), {"a": b"".join(data)}, share=share)
+    users: dict[int, set[int]] = {}
+    for sequence in range(1, 13):
+        for pack in capsule(tmp_path, sequence).glob("*.pack"):
+            users.setdefault(pack.stat().st_ino, set()).add(sequence)
+    assert max(map(len, users.values())) == share
 
 
 def test_a_pack_that_is_mostly_dead_is_given_up(tmp_path: Path) -> None:

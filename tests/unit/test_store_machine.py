@@ -32,6 +32,7 @@ from hpccr.store.verify import verify
 
 BLOCK = 4096
 CAPSULES = 2
+SHARE = 4
 CALLS = ("mkdir", "open", "write", "fsync", "link", "rename", "unlink", "rmdir")
 """The system calls that change a store."""
 
@@ -132,7 +133,8 @@ def flush(checkpoint: Checkpoint, capsule: int, files: Content) -> int:
 
     def root() -> None:
         with contextlib.suppress(OSError):
-            send(t="open", directory=str(checkpoint.capsule_path(capsule)), total=sum(map(len, files.values())))
+            total = sum(map(len, files.values()))
+            send(t="open", directory=str(checkpoint.capsule_path(capsule)), total=total, share=SHARE)
             for name, data in files.items():
                 fd = os.memfd_create(name)
                 os.pwrite(fd, data, 0)
@@ -161,11 +163,11 @@ class StoreMachine(RuleBasedStateMachine):
         publish.make_directory(self.step.path)
         self.contents: dict[int, list[Content]] = {}
         self.processes: list[Process] = []
-        self.kept = (lineage.BLOCK, lineage.MAX_GENERATION)
-        lineage.BLOCK, lineage.MAX_GENERATION = BLOCK, 3
+        self.kept = lineage.BLOCK
+        lineage.BLOCK = BLOCK
 
     def teardown(self) -> None:
-        lineage.BLOCK, lineage.MAX_GENERATION = self.kept
+        lineage.BLOCK = self.kept
         for process in self.processes:
             process.kill()
         shutil.rmtree(self.root)

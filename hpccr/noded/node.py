@@ -1,0 +1,72 @@
+"""What all leases of one hpccrd share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass, field
+
+from hpccr.config import Config
+from hpccr.noded.network import Plumber
+from hpccr.noded.seal import SiteKey
+from hpccr.noded.spool import Area, Spool
+
+log = logging.getLogger(__name__)
+
+MAX_HOSTS = 64 << 10
+"""Bytes of the node's /etc/hosts that a capsule's has."""
+
+
+@dataclass
+class Node:
+    """One per hpccrd."""
+
+    config: Config
+    key: SiteKey
+    name: str
+    cpu_flags: tuple[str, ...]
+    plumber: Plumber
+    spool: Spool
+    runtime: Area
+    criu_ready: asyncio.Event
+    """Set when CRIU's own feature cache is there: with a hold on lo and no cache its probe would hang."""
+    flushes: set[asyncio.Task[None]] = field(default_factory=set)
+    endings: set[asyncio.Task[None]] = field(default_factory=set)
+    """Capsules being undone: a stop waits for them, whatever became of their connections."""
+    vnis: set[int] = field(default_factory=set)
+    claims: dict[str, int] = field(default_factory=dict)
+    """Bytes of the spool that dumps under way may still take, by lease name."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether durable images stay in the spool."""
+        return self.config.node.spool_keep > 0
+
+    def room(self, name: str) -> int:
+        """Bytes of the spool that lease `name` may write, if kept images go."""
+        claimed = sum(size for other, size in self.claims.items() if other != name)
+        return max(0, self.spool.room() - claimed)
+
+    def claim(self, name: str, size: int) -> None:
+        """Let kept images go, the oldest first, as far as lease `name` may need their room for its dump. Blocks."""
+        self.claims[name] = size
+        self.spool.make_room(sum(self.claims.values()))
+
+    def choose_vni(self) -> int:
+        while (vni := secrets.randbelow((1 << 24) - 1) + 1) in self.vnis:
+            pass
+        return vni
+
+
+def node_hosts() -> str:
+    """The node's /etc/hosts, as far as it fits into a packet to init beside the capsules' names."""
+    try:
+        with open("/etc/hosts", errors="replace") as file:
+            text = file.read(MAX_HOSTS + 1)
+    except OSError:
+        return ""
+    if len(text) > MAX_HOSTS:
+        log.warning("/etc/hosts is longer than %d bytes: names in it are not known inside capsules", MAX_HOSTS)
+        return ""
+    return text
