@@ -6,10 +6,12 @@ import argparse
 import time
 from typing import Any
 
+from hpccr.cli import contents
+from hpccr.cli.contents import Contents
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint, find_step, summarise
 from hpccr.cli.output import duration, print_json, print_table, size
 from hpccr.config import Config
-from hpccr.errors import CorruptError
+from hpccr.errors import CorruptError, HpccrError
 from hpccr.store.index import Usage, read_index
 from hpccr.store.layout import Checkpoint
 
@@ -18,7 +20,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="what is in a checkpoint",
-        description="Show a checkpoint's manifest and fragments (default: the newest complete checkpoint).",
+        description="Show a checkpoint (default: the newest complete one): when and where it was made, what it takes, "
+        "and per capsule its processes, ranks, memory, open files and sockets, as the images have them. "
+        "-v shows every file and socket.",
     )
     add_job_arguments(parser, sequence=True)
     add_json_argument(parser)
@@ -32,9 +36,19 @@ def run(args: argparse.Namespace, config: Config) -> int:
     fragments = [fragment for k in checkpoint.capsules_there() if (fragment := checkpoint.fragment(k)) is not None]
     summary = summarise(checkpoint)
     usage = {fragment.capsule: _usage(checkpoint, fragment.capsule) for fragment in fragments}
+    inside, problem = _inside(checkpoint, [fragment.capsule for fragment in fragments])
     if args.json:
         stored = [{"capsule": k, "own": found.own, "shared": found.shared} for k, found in usage.items() if found]
-        print_json({"summary": summary, "manifest": manifest, "fragments": fragments, "stored": stored})
+        print_json(
+            {
+                "summary": summary,
+                "manifest": manifest,
+                "fragments": fragments,
+                "stored": stored,
+                "contents": inside,
+                "problem": problem,
+            }
+        )
         return 0
     print(f"checkpoint {checkpoint.sequence} of {checkpoint.step.key}: {summary.state}")
     if summary.problem:
@@ -74,12 +88,77 @@ def run(args: argparse.Namespace, config: Config) -> int:
             rows,
             right=frozenset({"CAPSULE", "TASKS", "SIZE", "STORED", "SHARED", "FILES", "OPEN", "FROZEN"}),
         )
-    if args.verbose:
-        for fragment in fragments:
-            for file in fragment.image.files:
-                mode = "append" if file.append else "write"
-                print(f"capsule {fragment.capsule}  {mode:6}  {file.size:>12}  {file.path}")
+    if inside:
+        _print_inside(inside, verbose=args.verbose)
+    elif problem:
+        print(f"\n{problem}")
     return 0
+
+
+def _inside(checkpoint: Checkpoint, capsules: list[int]) -> tuple[list[Contents], str]:
+    """What is in the images, and why not if that cannot be told."""
+    try:
+        return [contents.read(checkpoint.capsule_path(capsule), capsule) for capsule in capsules], ""
+    except HpccrError as error:
+        return [], error.message + (f" ({error.hint})" if error.hint else "")
+    except OSError as error:
+        return [], str(error)
+
+
+def _print_inside(inside: list[Contents], *, verbose: bool) -> None:
+    print()
+    print_table(
+        ("CAPSULE", "RANKS", "PROCESSES", "MEMORY", "FILES", "SOCKETS"),
+        [
+            (
+                str(one.capsule),
+                str(one.ranks),
+                str(len(one.processes)),
+                size(one.memory),
+                str(len(one.files)),
+                str(len(one.sockets)),
+            )
+            for one in inside
+        ],
+        right=frozenset({"CAPSULE", "RANKS", "PROCESSES", "MEMORY", "FILES", "SOCKETS"}),
+    )
+    print()
+    rows = [
+        (
+            str(one.capsule),
+            str(process.pid),
+            "-" if process.rank is None else str(process.rank),
+            str(process.threads),
+            size(process.memory),
+            str(process.files),
+            str(process.sockets),
+            process.command if verbose else (process.command or process.name)[:60],
+        )
+        for one in inside
+        for process in one.processes
+    ]
+    columns = ("CAPSULE", "PID", "RANK", "THREADS", "MEMORY", "FILES", "SOCKETS", "COMMAND")
+    print_table(columns, rows, right=frozenset(columns[:-1]))
+    if not verbose:
+        return
+    print()
+    files = [
+        (str(one.capsule), file.access, str(file.position), _pids(file.pids), file.path)
+        for one in inside
+        for file in one.files
+    ]
+    print_table(("CAPSULE", "ACCESS", "POSITION", "PIDS", "FILE"), files, right=frozenset({"CAPSULE", "POSITION"}))
+    print()
+    sockets = [
+        (str(one.capsule), found.kind, found.state, found.local, found.peer, _pids(found.pids))
+        for one in inside
+        for found in one.sockets
+    ]
+    print_table(("CAPSULE", "SOCKET", "STATE", "LOCAL", "PEER", "PIDS"), sockets, right=frozenset({"CAPSULE"}))
+
+
+def _pids(pids: tuple[int, ...]) -> str:
+    return ",".join(map(str, pids))
 
 
 def _usage(checkpoint: Checkpoint, capsule: int) -> Usage | None:

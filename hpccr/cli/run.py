@@ -30,7 +30,7 @@ from hpccr.model import StepKey
 from hpccr.slurm.commands import CommandQuery
 from hpccr.slurm.env import Allocation
 from hpccr.store.layout import FINISHED, Step, Store
-from hpccr.store.publish import make_directory
+from hpccr.store.publish import FILE_MODE, make_directory
 from hpccr.store.steps import claim_step
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ def _command(
 
 def _log_to(path: Path, level: int) -> None:
     """Send the package's log to a file: a job's stderr belongs to the job."""
-    handler = logging.FileHandler(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
+    handler = logging.StreamHandler(os.fdopen(fd, "a"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("hpccr")
     logger.addHandler(handler)

@@ -13,6 +13,7 @@ from pathlib import Path
 from hpccr.agent.service import Agent, connect
 from hpccr.errors import HpccrError
 from hpccr.model import EndpointRecord
+from hpccr.store.publish import FILE_MODE
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
 
@@ -66,7 +67,8 @@ class Agents:
             return
         command = self._step_command(list(counts), self._agent_command(dict(counts)))
         log.info("starting agents: %s", " ".join(command))
-        with self._log_path.open("ab") as output:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        with os.fdopen(os.open(self._log_path, flags, FILE_MODE), "ab") as output:
             # Its own session: a signal to the batch script's process group is not meant for the agents.
             self._step = await asyncio.create_subprocess_exec(
                 *command,

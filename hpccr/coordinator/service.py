@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from hpccr.config import Config
 from hpccr.coordinator import plan
@@ -355,6 +355,8 @@ class Boot:
         and store hold no more than one unfinished checkpoint per capsule; only the final one (kill) does not wait.
         Raises the error that made it fail; the job then runs as before.
         """
+        if self._turn.locked() and not wait and not kill:
+            self._skip(reason)  # another one is being made, or waits
         async with self._turn:
             self._asked = time.monotonic()
             await self._until(self.running.wait())
@@ -378,20 +380,23 @@ class Boot:
 
     async def _backlog(self, pending: asyncio.Future[None], reason: str, *, wait: bool) -> None:
         """The checkpoint before is not durable yet: leave this one out (LockedError), or wait until it is."""
-        before = self.state.flush_sequence
         if not wait:
-            self.skipped += 1
-            self._event("skipped", reason=reason, pending=before)
-            raise LockedError(
-                f"checkpoint {before} is still being written to the store",
-                hint="longer intervals, or faster storage; checkpoint.backlog says what to do",
-            )
-        self._event("waiting", reason=reason, pending=before)
+            self._skip(reason)
+        self._event("waiting", reason=reason, pending=self.state.flush_sequence)
         self.waiting = True
         try:
             await self._until(asyncio.wait((pending,)))
         finally:
             self.waiting = False
+
+    def _skip(self, reason: str) -> NoReturn:
+        before = self.state.flush_sequence
+        self.skipped += 1
+        self._event("skipped", reason=reason, pending=before)
+        raise LockedError(
+            f"checkpoint {before} is still being written to the store",
+            hint="longer intervals, or faster storage; checkpoint.backlog says what to do",
+        )
 
     async def _attempt(self, kill: bool) -> Snapshot:
         sequence = await asyncio.to_thread(self._step.next_sequence)

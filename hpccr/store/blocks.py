@@ -333,6 +333,20 @@ class Reader:
             for future in under_way:
                 future.cancel()
 
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        """A part of a file. Raises as stream()."""
+        if self._index.file(name) is None:
+            raise CorruptError(f"{self._index.path} has no file {name}")
+        wanted: list[Row] = []
+        at = first = 0
+        for row in self._index.rows(name):
+            if at < offset + count and at + row.length > offset:
+                first = first if wanted else at
+                wanted.append(row)
+            at += row.length
+        data = self._data(wanted)
+        return data[offset - first : offset - first + count]
+
     def _data(self, rows: list[Row]) -> bytes:
         """In a thread: the content of some blocks."""
         if self._local.decompressor is None:

@@ -30,44 +30,60 @@ def cuts(pagemap: bytes, block: int) -> tuple[int, array[int]]:
     No block is longer than `block`, a power of two of at least a page. Needs pycriu: raises ImportError without it,
     ValueError for what is no pagemap image.
     """
+    pages_id, runs = pages(pagemap)
+    ends = array("Q")
+    begin = offset = 0
+    window = -1
+    for address, length, _ in runs:
+        end = address + length
+        while address < end:
+            step = min(end, (address // block + 1) * block) - address
+            if offset > begin and (address // block != window or offset + step - begin > block):
+                ends.append(offset)
+                begin = offset
+            window = address // block
+            offset += step
+            address += step
+    if offset > begin:
+        ends.append(offset)
+    return pages_id, ends
+
+
+def pages(pagemap: bytes) -> tuple[int, list[tuple[int, int, int]]]:
+    """(pages_id, (address, bytes, offset in its page image) of each run of pages that are there) of a pagemap image.
+
+    Raises as cuts().
+    """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from pycriu.images import pagemap_pb2
 
-    ends = array("Q")
     head = pagemap_pb2.pagemap_head()
     entry = pagemap_pb2.pagemap_entry()
-    begin = offset = 0
-    window = -1
+    runs = []
+    offset = 0
     try:
-        messages = _messages(pagemap)
-        head.ParseFromString(next(messages))
-        for message in messages:
+        found = messages(pagemap)
+        head.ParseFromString(next(found))
+        for message in found:
             entry.ParseFromString(message)
             if not (entry.flags & _PRESENT if entry.HasField("flags") else not entry.in_parent):
                 continue
-            address = entry.vaddr
-            end = address + (entry.nr_pages or entry.compat_nr_pages) * mmap.PAGESIZE
-            while address < end:
-                step = min(end, (address // block + 1) * block) - address
-                if offset > begin and (address // block != window or offset + step - begin > block):
-                    ends.append(offset)
-                    begin = offset
-                window = address // block
-                offset += step
-                address += step
+            length = (entry.nr_pages or entry.compat_nr_pages) * mmap.PAGESIZE
+            if length:
+                runs.append((entry.vaddr, length, offset))
+            offset += length
     except (DecodeError, StopIteration) as error:
         raise ValueError(f"not a pagemap image: {error}") from None
-    if offset > begin:
-        ends.append(offset)
-    return head.pages_id, ends
+    return head.pages_id, runs
 
 
-def _messages(image: bytes) -> Iterator[bytes]:
+def messages(image: bytes) -> Iterator[bytes]:
+    """The entries of an image, of a kind without anything between them. Raises ValueError if it is cut off."""
     view = memoryview(image)
     at = _MAGIC_BYTES
     while at < len(view):
         size = int.from_bytes(view[at : at + 4], "little")
         at += 4 + size
         if at > len(view):
-            raise ValueError("a pagemap image that is cut off")
+            raise ValueError("an image that is cut off")
         yield bytes(view[at - size : at])

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from jobs import Job, Jobs
 from nodes import USERS, Cluster
@@ -50,14 +54,109 @@ def test_checkpoints_share_what_did_not_change(jobs: Jobs, workloads: Workloads)
     size = found["summary"]["bytes"]
     assert sum(one["own"] for one in found["stored"]) < size / 4
     assert all(one["shared"] for one in found["stored"])
+    ranks = [p for one in found["contents"] for p in one["processes"] if p["rank"] is not None]
+    assert sorted(p["rank"] for p in ranks) == [0, 1, 2, 3], found["contents"]
+    assert {p["name"] for p in ranks} == {"python3"} and all("stencil.py" in p["command"] for p in ranks)
+    assert [one["ranks"] for one in found["contents"]] == [2, 2]
+    assert all(p["memory"] > 1 << 20 and p["sockets"] for p in ranks)
+    assert size * 0.8 < sum(one["memory"] for one in found["contents"]) < size
+    files = [f for one in found["contents"] for f in one["files"] if f["path"].endswith("/residuals.txt")]
+    assert files and files[0]["position"] and files[0]["access"].startswith("write")
+    for one in found["contents"]:
+        assert any(s["kind"] == "tcp" and s["state"] == "established" and s["peer"] for s in one["sockets"])
+    assert "residuals.txt" in job.hpccr_ok("inspect", "-v") and "RANK" in job.hpccr_ok("inspect")
     wait_for("gc", lambda: complete(job) == [4, 3])
     for sequence in complete(job):
         assert "is whole" in job.hpccr_ok("verify", str(sequence))
     for path in job.store.rglob("*"):
         status = path.lstat()
-        assert (status.st_uid, stat.S_IMODE(status.st_mode) & 0o077) == (USERS["user1"], 0) or path.suffix == ".log"
+        assert (status.st_uid, stat.S_IMODE(status.st_mode) & 0o077) == (USERS["user1"], 0), path
     job.requeue()
     goes_on(job, workloads)
+
+
+@contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Processes that stand still in this block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_restored_from_the_spool(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """On the same nodes nothing of the images is read from the store; damaged or lost copies are not used; and nothing
+    stays when the job has ended."""
+    job = start(jobs, workloads)
+    nodes = job.slurm().nodes
+    others = [node for node in cluster.nodes if node not in nodes]
+    job.checkpoint()
+
+    def requeued(while_held: Callable[[Path], None]) -> list[bool]:
+        restored = len(job.events("restored"))
+        job.requeue_and_hold()
+        assert [len(cluster.kept(node)) for node in nodes] == [1, 1], "the newest of each capsule is kept"
+        while_held(job.step() / f"ckpt-{complete(job)[0]:06d}")
+        job.release()
+        cluster.drain(*others)
+        local: list[bool] = job.wait_event("restored", restored + 1)["local"]
+        return local
+
+    def take_away(checkpoint: Path) -> None:
+        for pack in checkpoint.glob("capsule-*/*"):
+            if pack.name != "fragment.json":  # by which the coordinator knows that it is complete
+                pack.unlink()
+
+    assert requeued(take_away) == [True, True]
+
+    def damage(checkpoint: Path) -> None:
+        (one,), (other,) = (cluster.kept(node) for node in nodes)
+        flip(max(one.glob("*.img"), key=lambda path: path.stat().st_size))
+        shutil.rmtree(other)
+
+    assert requeued(damage) == [False, False]
+    assert [len(cluster.kept(node)) for node in nodes] == [0, 0]
+    job.checkpoint()
+    assert [len(cluster.kept(node)) for node in nodes] == [1, 1]
+    goes_on(job, workloads)
+    wait_for("nothing kept", lambda: not any(cluster.kept(node) for node in nodes))
+
+
+def test_a_checkpoint_before_the_last_is_durable(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """By interval it is left out, asked for it waits, and both are told; a terminal shows how far the flush is."""
+    job = jobs.submit(workloads.stencil(), environment={"HPCCR_CHECKPOINT_INTERVAL": "10s"})
+    job.wait_event("started")
+    node = job.slurm().nodes[1]
+    first = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
+    pids = new_pids(cluster, node, set())
+    with stopped(pids):
+        terminal = cluster.popen("ctl", "script", "-qec", f"hpccr checkpoint {job.id}", "/dev/null", user="user1")
+        assert job.wait_event("waiting")["pending"] == 1
+        skipped = job.wait_event("skipped")
+        assert (skipped["reason"], skipped["pending"]) == ("interval", 1)
+        status = job.status()["status"]
+        assert (status["skipped"], status["waiting"], status["phase"]) == (1, True, "flush")
+        assert 0 <= status["flush"]["done"] < status["flush"]["total"]
+        shown = job.hpccr_ok("status")
+        assert "1 left out" in shown and "the next one waits" in shown
+        assert len(job.events("released")) == 1
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    shown, _ = terminal.communicate(timeout=60)
+    assert terminal.returncode == 0, shown
+    assert "waits for checkpoint 1" in shown and "\u2501" in shown and "MiB" in shown, shown
+    assert "checkpoint 2 of" in shown
 
 
 def test_killed_flushes(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
