@@ -93,12 +93,20 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Connections to outside the capsule: allow (they are reset after a restore) or refuse (in prepare)."""
 
 
+class FilesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    trees: tuple[str, ...] = ()
+    """Directories whose state belongs to the job: saved with each checkpoint and put back at a restore."""
+    snapshot_limit: Annotated[int, msgspec.Meta(ge=0)] = 16 << 30
+    """Bytes; a larger file that the job can write to (not only append to) is refused."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreConfig = StoreConfig()
     node: NodeConfig = NodeConfig()
     network: NetworkConfig = NetworkConfig()
     capsule: CapsuleConfig = CapsuleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    files: FilesConfig = FilesConfig()
 
 
 def load(path: str | os.PathLike[str] | None = None, *, environ: Mapping[str, str] | None = None) -> Config:
@@ -130,7 +138,9 @@ def _with_environment(config: Config, environ: Mapping[str, str]) -> Config:
             variable = f"HPCCR_{section}_{key}".upper()
             if variable not in environ:
                 continue
-            keys[key] = environ[variable]
+            # A list is written as in PATH.
+            listed = isinstance(keys[key], list | tuple)
+            keys[key] = [part for part in environ[variable].split(":") if part] if listed else environ[variable]
             try:
                 # strict=False: text becomes the number or truth value the key wants
                 msgspec.convert(data, Config, strict=False)

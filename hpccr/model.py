@@ -13,6 +13,10 @@ FORMAT = 1
 
 FRAGMENT_NAME = "fragment.json"
 MANIFEST_NAME = "checkpoint.json"
+FILES_LIST = "files.list"
+"""File of a fragment: SavedFiles in msgpack."""
+FILES_DATA = "files.data"
+"""File of a fragment: the contents of the files in FILES_LIST."""
 
 _STEP_DIR = re.compile(r"^(?P<cluster>[A-Za-z0-9_.+-]+)-(?P<job>[A-Za-z0-9_]+)$")
 
@@ -57,16 +61,52 @@ class FileEntry(msgspec.Struct, frozen=True):
     digest: HexDigest
 
 
-class OpenFile(msgspec.Struct, frozen=True):
-    """A regular file that some process held open for writing when it was frozen.
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes [start, start + length) of a file; `place`: where they lie in the fragment's FILES_DATA."""
 
-    path: as seen inside the capsule; size: at the freeze; mode: st_mode; append: every writer uses O_APPEND.
+    start: int
+    length: int
+    place: int
+
+
+class SavedFile(msgspec.Struct, frozen=True):
+    """One name that a restore puts back as it was when everything stood still.
+
+    path: absolute, as the capsule sees it, in the file system's own bytes. mode: st_mode; 0: there was nothing at that
+    name. mtime: nanoseconds. extents: the content, what lies between them is zeros; None: the content was not saved,
+    and the file is only cut back to its size. target: of a symbolic link. same: the path of an entry before this one
+    that is the same file (a hard link).
     """
 
-    path: str
-    size: Size
+    path: bytes
     mode: int
-    append: bool
+    size: int = 0
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    extents: tuple[Extent, ...] | None = ()
+    target: bytes = b""
+    same: bytes = b""
+    xattrs: dict[str, bytes] = {}
+
+
+class SavedFiles(msgspec.Struct, frozen=True):
+    """FILES_LIST of a fragment. trees: directories that are put back as a whole, but for what is in `excluded`;
+    elsewhere: files of this capsule that another capsule of the checkpoint has saved."""
+
+    files: tuple[SavedFile, ...] = ()
+    trees: tuple[bytes, ...] = ()
+    excluded: tuple[bytes, ...] = ()
+    elsewhere: tuple[bytes, ...] = ()
+
+
+class FileRules(msgspec.Struct, frozen=True):
+    """What a checkpoint saves of the job's files. trees: absolute paths of directories whose state is the job's;
+    excluded: paths in them that are not; snapshot_limit: bytes of the largest file that is saved."""
+
+    trees: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    snapshot_limit: Size = 16 << 30
 
 
 class PrivateTree(msgspec.Struct, frozen=True):
@@ -95,7 +135,8 @@ class CapsuleImage(msgspec.Struct, frozen=True):
     tasks: int
     stdio: Stdio
     private: tuple[PrivateTree, ...] = ()
-    files: tuple[OpenFile, ...] = ()
+    files: int = 0
+    """Names in FILES_LIST: what a restore puts back outside the private directories."""
     criu_version: int = 0
     """As CRIU reports it over RPC: major * 10000 + minor * 100 + sublevel."""
     kernel: str = ""

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from hpccr.cli import contents
+from hpccr.cli import contents, saved
 from hpccr.cli.contents import Contents
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint, find_step, summarise
 from hpccr.cli.output import duration, print_json, print_table, size
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     summary = summarise(checkpoint)
     usage = {fragment.capsule: _usage(checkpoint, fragment.capsule) for fragment in fragments}
     inside, problem = _inside(checkpoint, [fragment.capsule for fragment in fragments])
+    files = {fragment.capsule: saved.read(checkpoint, fragment) for fragment in fragments}
     if args.json:
         stored = [{"capsule": k, "own": found.own, "shared": found.shared} for k, found in usage.items() if found]
         print_json(
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
                 "stored": stored,
                 "contents": inside,
                 "problem": problem,
+                "files": saved.listed(files),
+                "trees": saved.trees(files),
             }
         )
         return 0
@@ -77,21 +80,22 @@ def run(args: argparse.Namespace, config: Config) -> int:
                     size(found.own) if (found := usage[fragment.capsule]) else "-",
                     size(found.shared) if found else "-",
                     str(len(fragment.files)),
-                    str(len(image.files)),
+                    str(image.files),
                     duration(image.frozen_seconds),
                     criu,
                     image.kernel or "-",
                 )
             )
         print_table(
-            ("CAPSULE", "NODE", "TASKS", "SIZE", "STORED", "SHARED", "FILES", "OPEN", "FROZEN", "CRIU", "KERNEL"),
+            ("CAPSULE", "NODE", "TASKS", "SIZE", "STORED", "SHARED", "FILES", "SAVED", "FROZEN", "CRIU", "KERNEL"),
             rows,
-            right=frozenset({"CAPSULE", "TASKS", "SIZE", "STORED", "SHARED", "FILES", "OPEN", "FROZEN"}),
+            right=frozenset({"CAPSULE", "TASKS", "SIZE", "STORED", "SHARED", "FILES", "SAVED", "FROZEN"}),
         )
     if inside:
         _print_inside(inside, verbose=args.verbose)
     elif problem:
         print(f"\n{problem}")
+    saved.show(files, everything=bool(args.verbose))
     return 0
 
 

@@ -49,6 +49,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--keep", type=int, metavar="N", help="complete checkpoints to keep (default: store.keep)")
     parser.add_argument(
+        "--files",
+        action="append",
+        metavar="DIR",
+        help="a directory whose files are part of the job's state: saved with each checkpoint, put back as they were "
+        "at a restart, and what was made since is removed (may be given several times; default: files.trees)",
+    )
+    parser.add_argument(
         "--batch", action="store_true", help="the command is the whole batch script: SIGUSR1 asks for a checkpoint"
     )
     parser.add_argument("--fresh", action="store_true", help="start from the beginning even if there is a checkpoint")
@@ -68,6 +75,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     store = Store.at(args.dir or config.store.dir)
     allocation = Allocation.from_environ(os.environ)
     if allocation is None:
+        _check_trees(config)
         key = StepKey("local", f"{time.strftime('%Y%m%d')}_{secrets.token_hex(3)}", "0")
         step = store.step(key)
         make_directory(step.path)
@@ -82,6 +90,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
         log.info("step %s has finished before the requeue: it is not run again", step.key)
         return record.exit_code
     resume = record is not None and not args.fresh
+    if not resume:
+        _check_trees(config)
     if args.batch:
         argv = (keep_script(step, argv[0], resume=resume), *argv[1:])
     return start(
@@ -95,6 +105,15 @@ def run(args: argparse.Namespace, config: Config) -> int:
     )
 
 
+def _check_trees(config: Config) -> None:
+    """At the first start only: what has gone since comes back."""
+    for tree in config.files.trees:
+        if not os.path.isdir(tree):
+            raise UsageError(
+                f"--files: there is no directory {tree}", hint="make it before the job, or correct the name"
+            )
+
+
 def _with_options(config: Config, args: argparse.Namespace) -> Config:
     if args.interval is not None:
         config = structs.replace(config, checkpoint=structs.replace(config.checkpoint, interval=args.interval))
@@ -102,6 +121,10 @@ def _with_options(config: Config, args: argparse.Namespace) -> Config:
         if args.keep < 1:
             raise UsageError("--keep needs at least 1")
         config = structs.replace(config, store=structs.replace(config.store, keep=args.keep))
+    trees = tuple(os.path.realpath(os.path.expanduser(tree)) for tree in args.files or config.files.trees)
+    if "/" in trees:
+        raise UsageError("--files / would make the whole system part of the job", hint="name the job's directories")
+    config = structs.replace(config, files=structs.replace(config.files, trees=trees))
     parse_interval(config.checkpoint.interval)  # a mistake is told before anything is started
     return config
 

@@ -1,6 +1,7 @@
 """The protocols of a step as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
-Boot: create, connect, then start, or restore, resume, unhold. Checkpoint: prepare, freeze, dump, release, flush.
+Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: prepare, freeze, dump,
+release, flush.
 Each phase sends one request to every capsule and ends when every capsule has answered; the barrier between two
 phases is what makes a checkpoint all or nothing. No capsule is released before every capsule is dumped: a message
 sent by a released capsule to one not yet dumped would be received twice.
@@ -20,6 +21,8 @@ class Phase(enum.StrEnum):
     CREATING = "creating"
     CONNECTING = "connecting"
     STARTING = "starting"
+    FETCHING = "fetching"
+    ROLLING_BACK = "rolling back"
     RESTORING = "restoring"
     RESUMING = "resuming"
     UNHOLDING = "unholding"
@@ -35,7 +38,16 @@ class Phase(enum.StrEnum):
     """The step is over: finished, failed to boot, or lost."""
 
 
-BOOT = (Phase.CREATING, Phase.CONNECTING, Phase.STARTING, Phase.RESTORING, Phase.RESUMING, Phase.UNHOLDING)
+BOOT = (
+    Phase.CREATING,
+    Phase.CONNECTING,
+    Phase.STARTING,
+    Phase.FETCHING,
+    Phase.ROLLING_BACK,
+    Phase.RESTORING,
+    Phase.RESUMING,
+    Phase.UNHOLDING,
+)
 CHECKPOINT = (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING, Phase.RELEASING, Phase.ABORTING)
 ABORTABLE = (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING)
 
@@ -43,6 +55,8 @@ _EXPECTED: dict[Phase, type[m.Message]] = {
     Phase.CREATING: m.Created,
     Phase.CONNECTING: m.Connected,
     Phase.STARTING: m.Started,
+    Phase.FETCHING: m.Fetched,
+    Phase.ROLLING_BACK: m.RolledBack,
     Phase.RESTORING: m.Restored,
     Phase.RESUMING: m.Resumed,
     Phase.UNHOLDING: m.Unheld,
@@ -212,7 +226,7 @@ class BootFailed:
     """The job could not be started or restored; nothing of it runs once all capsules are destroyed."""
 
     phase: Phase
-    """Where it failed: from RESTORING on another checkpoint may do better."""
+    """Where it failed: from FETCHING on another checkpoint may do better."""
     failure: m.Failed
 
 
@@ -296,7 +310,13 @@ def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
             created = tuple(reply for _, reply in replies if isinstance(reply, m.Created))
             return _enter(dataclasses.replace(state, created=created), Phase.CONNECTING)
         case Phase.CONNECTING:
-            return _enter(state, Phase.RESTORING if state.source else Phase.STARTING)
+            return _enter(state, Phase.FETCHING if state.source else Phase.STARTING)
+        case Phase.FETCHING:
+            # No file is touched before all of the checkpoint is known to be whole.
+            return _enter(state, Phase.ROLLING_BACK)
+        case Phase.ROLLING_BACK:
+            # A file may be several capsules', and one of them puts it back.
+            return _enter(state, Phase.RESTORING)
         case Phase.STARTING:
             return dataclasses.replace(state, phase=Phase.RUNNING, replies=()), (Running(),)
         case Phase.RESTORING:

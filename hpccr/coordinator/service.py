@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from hpccr.coordinator.plan import Phase
 from hpccr.coordinator.server import Member
 from hpccr.coordinator.streams import Positions, Streams
 from hpccr.errors import ExitCode, HpccrError, LockedError, PeerLostError, error_for
-from hpccr.model import FORMAT, Manifest
+from hpccr.model import FORMAT, FileRules, Manifest
 from hpccr.store.layout import Checkpoint, Step
 from hpccr.store.publish import make_directory, publish
 from hpccr.wire import messages as m
@@ -100,6 +101,9 @@ class Boot:
         self._durable: dict[int, asyncio.Future[None]] = {}
         self._positions: asyncio.Task[Positions] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._elsewhere: dict[int, tuple[bytes, ...]] = {}
+        """By capsule: identities of files that another capsule saves."""
+        self._files = file_rules(config, step, streams)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -185,7 +189,7 @@ class Boot:
         match phase:
             case Phase.CREATING | Phase.CONNECTING | Phase.STARTING:
                 return limits.create_timeout
-            case Phase.RESTORING:
+            case Phase.FETCHING | Phase.ROLLING_BACK | Phase.RESTORING:
                 return limits.restore_timeout
             case Phase.PREPARING:
                 return limits.prepare_timeout
@@ -213,13 +217,18 @@ class Boot:
                     stdin=self._streams.stdin if own else "null",
                     merged=self._streams.merged if own else True,
                 )
-            case Phase.RESTORING:
+            case Phase.FETCHING:
                 assert self.source is not None  # noqa: S101 - this phase exists only with a source
-                own = capsule == 0
-                return m.Restore(
+                return m.Fetch(
                     directory=str(self._step.checkpoint(self.source.sequence).capsule_path(capsule)),
                     sequence=self.source.sequence,
                     checkpoint=self.source.checkpoint,
+                )
+            case Phase.ROLLING_BACK:
+                return m.RollBack()
+            case Phase.RESTORING:
+                own = capsule == 0
+                return m.Restore(
                     stdin=self._streams.stdin if own else "null",
                     merged=self._streams.merged if own else True,
                 )
@@ -234,11 +243,11 @@ class Boot:
         assert attempt is not None  # noqa: S101 - the phases left are those of a checkpoint
         match phase:
             case Phase.PREPARING:
-                return m.Prepare(attempt.sequence, attempt.checkpoint)
+                return m.Prepare(attempt.sequence, attempt.checkpoint, self._files)
             case Phase.FREEZING:
                 return m.Freeze()
             case Phase.DUMPING:
-                return m.Dump()
+                return m.Dump(self._elsewhere.get(capsule, ()))
             case Phase.RELEASING:
                 return m.Release(attempt.kill)
         raise AssertionError(f"no request belongs to {phase}")
@@ -264,6 +273,7 @@ class Boot:
         consumed = next((r.stdin_consumed for k, r in replies if k == 0 and isinstance(r, m.Frozen)), 0)
         # The marks are queued now, before any byte that the job writes after its release.
         self._positions = self._loop.create_task(self._streams.positions(consumed))
+        self._elsewhere = saved_elsewhere({k: r.files for k, r in replies if isinstance(r, m.Frozen)})
 
     def _checkpoint_failed(self, attempt: plan.Attempt, failure: m.Failed) -> None:
         self.failed += 1
@@ -461,6 +471,31 @@ class Boot:
         task = self._loop.create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def file_rules(config: Config, step: Step, streams: Streams) -> FileRules:
+    """What a checkpoint saves of the job's files; neither its checkpoints nor its output, which hpccr itself cuts."""
+    return FileRules(
+        trees=config.files.trees,
+        excluded=(os.path.realpath(step.path.parent.parent), *streams.paths) if config.files.trees else (),
+        snapshot_limit=config.files.snapshot_limit,
+    )
+
+
+def saved_elsewhere(found: Mapping[int, tuple[bytes, ...]]) -> dict[int, tuple[bytes, ...]]:
+    """Which of its files (identities, by capsule) a capsule leaves to another: each is saved by one that has it, and
+    not all by the same."""
+    owners: dict[bytes, list[int]] = {}
+    for capsule in sorted(found):
+        for identity in found[capsule]:
+            owners.setdefault(identity, []).append(capsule)
+    elsewhere: dict[int, list[bytes]] = {}
+    for identity, capsules in owners.items():
+        owner = capsules[identity[0] % len(capsules)]
+        for capsule in capsules:
+            if capsule != owner:
+                elsewhere.setdefault(capsule, []).append(identity)
+    return {capsule: tuple(identities) for capsule, identities in elsewhere.items()}
 
 
 def failure_of(outcome: plan.BootFailed | plan.StepLost) -> HpccrError:

@@ -396,6 +396,12 @@ class Streams:
         return Positions(Stream(consumed), stdout, stderr)
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Where the regular files behind stdout and stderr are, as far as they have a name."""
+        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2) if is_regular(fd)]
+        return tuple(dict.fromkeys(link for link in links if link.startswith("/")))
+
+    @property
     def broken(self) -> OSError | None:
         """Why the job's stdout is not written any more."""
         return self._sinks[1].error

@@ -12,9 +12,11 @@ import sys
 import time
 from contextlib import suppress
 
+import msgspec
+
 from hpccr.errors import HpccrError, LockedError
-from hpccr.model import CapsuleImage, OpenFile
-from hpccr.noded import capsule, outside, scan, services, syscalls
+from hpccr.model import CapsuleImage
+from hpccr.noded import capsule, jobfiles, outside, scan, services, syscalls
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
@@ -43,11 +45,11 @@ class Checkpoint:
         self._saving = Saving(home.reaper, home.places, directory)
         self._criu_version = 0
         self._stopped_at = 0.0
-        self._files: tuple[OpenFile, ...] = ()
+        self._files = jobfiles.Saving(home, request.files, directory)
         self._scanned = scan.Tree(home.root)
 
     def _tree(self) -> scan.Tree:
-        return scan.tree(self._capsule.root, helpers=(self._criu.pid, *self._saving.pids))
+        return scan.tree(self._capsule.root, helpers=(self._criu.pid, *self._saving.pids, *self._files.pids))
 
     async def prepare(self) -> Prepared:
         """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
@@ -59,6 +61,7 @@ class Checkpoint:
         if self._request.outside == "refuse":
             outside.refuse(tree, self._capsule.inside)
         needed = scan.estimate(tree, self._capsule.places, self._request.ghost_limit)
+        needed += await self._files.measure(tree)
         if needed > self._request.room:
             raise HpccrError(
                 f"the dump may take {needed} bytes and the spool has {self._request.room} free",
@@ -88,12 +91,12 @@ class Checkpoint:
         scan.check_whole(self._scanned, self._capsule.identity.uid)
         services.check(self._scanned)
         await services.cut(self._scanned)
-        # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
-        self._files = scan.open_files(self._scanned, self._capsule.places)
-        return Frozen()
+        return Frozen(files=await self._files.stand(self._scanned))
 
-    async def dump(self) -> InitDumped:
-        """Write everything into the spool directory: CRIU's images, private directories, facts about open files."""
+    async def dump(self, elsewhere: tuple[bytes, ...]) -> InitDumped:
+        """Write everything into the spool directory: CRIU's images, private directories, the job's files."""
+        await self._files.refresh()
+        self._files.start(frozenset(elsewhere))
         self._saving = Saving(self._capsule.reaper, self._capsule.places, self._directory)
         self._saving.start()
         self._criu.answer(True)
@@ -103,14 +106,13 @@ class Checkpoint:
             tasks=len(self._scanned.tasks),
             stdio=self._capsule.stdio,
             private=self._saving.trees,
-            files=self._files,
             criu_version=self._criu_version,
             kernel=os.uname().release,
             cpu_flags=scan.cpu_flags(),
         )
         await self._reach("post-dump", "dump the job")
         await self._saving.finish()
-        return InitDumped(image=image)
+        return InitDumped(image=msgspec.structs.replace(image, files=await self._files.finish()))
 
     async def release(self, *, kill: bool) -> Released:
         """Let the tasks run on, or kill them where they stand. The checkpoint is made in either case."""
@@ -140,6 +142,7 @@ class Checkpoint:
 
     async def abort(self) -> None:
         """Give up wherever it stands: the tasks run on as if nothing had been. May be called more than once."""
+        await self._files.cancel()
         await self._saving.cancel()
         try:
             await asyncio.wait_for(self._criu.give_up(), ABORT_SECONDS)

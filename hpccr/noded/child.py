@@ -7,6 +7,7 @@ runs in one of these.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import signal
@@ -20,12 +21,17 @@ import msgspec
 from hpccr.errors import ExitCode, HpccrError, error_for
 from hpccr.noded import syscalls
 from hpccr.noded.control import Identity
+from hpccr.noded.reaper import Reaper
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where root's tools are looked for inside a capsule."""
 
 ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C.UTF-8"}
 """The whole environment of root's tools: nothing of the daemon's, nothing of the user's."""
+
+
+type Function[R] = Callable[[], R]
+"""What a helper does; R is msgpack-able."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -62,6 +68,48 @@ def call(function: Callable[[], Any], *, identity: Identity | None = None, keep:
     identity: whose ids the child takes first; None: root's. Raises the HpccrError the function raised (any other
     exception becomes one). Waits for the child, so the function must not block for long.
     """
+    pid, reading = _start(function, identity, keep)
+    with os.fdopen(reading, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    return _result(data, f"wait status {status:#x}")
+
+
+class Helper:
+    """call() for what may take long: capsule init goes on meanwhile, and can end it."""
+
+    def __init__(self, reaper: Reaper, function: Callable[[], Any], *, identity: Identity, keep: Iterable[int]) -> None:
+        """Starts at once. `keep` may be closed here afterwards."""
+        self.pid, reading = _start(function, identity, keep)
+        self._exited = reaper.watch(self.pid)
+        self._pipe = os.fdopen(reading, "rb")
+
+    async def result(self) -> Any:
+        """As call() gives and raises it."""
+        code = await asyncio.shield(self._exited)
+        with self._pipe:
+            # It has ended, and what it says fits into a pipe.
+            return _result(self._pipe.read(), f"exit code {code}")
+
+    async def cancel(self) -> None:
+        """Kill it, unless it has ended; returns when it has."""
+        if not self._exited.done():
+            os.kill(self.pid, signal.SIGKILL)
+            await self._exited
+        self._pipe.close()
+
+
+async def work(reaper: Reaper, function: Callable[[], Any], *, identity: Identity, keep: Iterable[int] = ()) -> Any:
+    """A Helper's result. When this is cancelled the helper is ended."""
+    helper = Helper(reaper, function, identity=identity, keep=keep)
+    try:
+        return await helper.result()
+    finally:
+        await helper.cancel()
+
+
+def _start(function: Callable[[], Any], identity: Identity | None, keep: Iterable[int]) -> tuple[int, int]:
+    """The helper's pid and the pipe from which its result comes."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -69,11 +117,12 @@ def call(function: Callable[[], Any], *, identity: Identity | None = None, keep:
     if pid == 0:
         _child(function, identity, writing, keep)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        data = pipe.read()
-    _, status = os.waitpid(pid, 0)
+    return pid, reading
+
+
+def _result(data: bytes, status: str) -> Any:
     if not data:
-        raise HpccrError(f"a helper process of capsule init died: wait status {status:#x}")
+        raise HpccrError(f"a helper process of capsule init died: {status}")
     kind, value = msgspec.msgpack.decode(data)
     if kind == "failed":
         failure = msgspec.convert(value, Failure)

@@ -11,13 +11,13 @@ that comes when Release has been sent: a release is past giving up. A restore th
 and the capsule is of no use any more. Descriptors are init's own copies: hpccrd may close its own at once.
 
 Build -> Built, Network -> NetworkReady, Launch -> Started, InitPrepare -> Prepared, Freeze -> Frozen,
-Dump -> InitDumped, Release -> Released, Abort -> Aborted, InitRestore -> Restored, Resume -> Resumed,
-Unhold -> Unheld.
+Dump -> InitDumped, Release -> Released, Abort -> Aborted, InitRollBack -> RolledBack,
+InitRestore -> Restored, Resume -> Resumed, Unhold -> Unheld.
 """
 
 from __future__ import annotations
 
-from hpccr.model import CapsuleImage
+from hpccr.model import CapsuleImage, FileRules
 from hpccr.wire.messages import (
     Abort,
     Aborted,
@@ -33,6 +33,7 @@ from hpccr.wire.messages import (
     Restored,
     Resume,
     Resumed,
+    RolledBack,
     Signal,
     Started,
     Unheld,
@@ -144,22 +145,31 @@ class InitPrepare(Message, frozen=True):
     outside: str
     room: int
     """Bytes the spool can take."""
+    files: FileRules = FileRules()
 
 
 class InitDumped(Message, frozen=True):
     """All images but stats-dump are in the spool directory; tasks still stopped. image.frozen_seconds is 0.
 
-    Besides the images there are dump.log and private-N.tar. With Release(kill=True) stats-dump may never come.
+    Besides the images there are dump.log, private-N.tar and, where image.files is not 0, model.FILES_LIST and
+    model.FILES_DATA. With Release(kill=True) stats-dump may never come.
     """
+
+    image: CapsuleImage
+
+
+class InitRollBack(Message, frozen=True):
+    """Put the job's files back, as the user. Descriptors: the spool directory. Reply: RolledBack; or Failed naming the
+    file. May be repeated: each file is in its old or in its new state."""
 
     image: CapsuleImage
 
 
 class InitRestore(Message, frozen=True):
     """Restore from the spool directory. Descriptors: spool directory, then stdin (if "pipe"), stdout, stderr (not if
-    merged). Installs the hold, extracts private trees, rolls files back, runs CRIU up to `post-restore`, checks every
-    task. Reply: Restored (fetch_seconds and bytes 0); or Failed with code CORRUPT when the result would not be the
-    user's own, FAILED naming the file that is missing or too short, or with the last errors of CRIU's log.
+    merged). Installs the hold, extracts private trees, runs CRIU up to `post-restore`, checks every task. Reply:
+    Restored (fetch_seconds and bytes 0); or Failed with code CORRUPT when the result would not be the user's own, or
+    with the last errors of CRIU's log.
 
     Resume then lets the tasks run, still under the hold, after aborting their TCP connections to outside the capsules.
     """
@@ -171,7 +181,19 @@ class InitRestore(Message, frozen=True):
 
 
 InitRequest = (
-    Build | Network | Launch | Signal | InitPrepare | Freeze | Dump | Release | Abort | InitRestore | Resume | Unhold
+    Build
+    | Network
+    | Launch
+    | Signal
+    | InitPrepare
+    | Freeze
+    | Dump
+    | Release
+    | Abort
+    | InitRollBack
+    | InitRestore
+    | Resume
+    | Unhold
 )
 InitReply = (
     Built
@@ -182,6 +204,7 @@ InitReply = (
     | InitDumped
     | Released
     | Aborted
+    | RolledBack
     | Restored
     | Resumed
     | Unheld

@@ -49,7 +49,7 @@ class Images:
         self._ended = False
         self._over = False
 
-    async def fetch(self, request: m.Restore, create: m.Create, identity: Identity) -> tuple[Finished, Directory]:
+    async def fetch(self, request: m.Fetch, create: m.Create, identity: Identity) -> tuple[Finished, Directory]:
         """Bring a fragment into a directory of the spool, of its own files where they were kept. Raises HpccrError."""
         node, limit = self._node, self._node.config.checkpoint.restore_timeout
         directory = check_directory(request.directory)

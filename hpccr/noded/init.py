@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hpccr.errors import ExitCode, HpccrError
-from hpccr.noded import child, criu, interface, launch, mounts, outside
+from hpccr.noded import child, criu, interface, jobfiles, launch, mounts, outside
 from hpccr.noded.capsule import Capsule, Streams, set_last_pid
 from hpccr.noded.checkpoint import Checkpoint
 from hpccr.noded.control import (
@@ -31,6 +31,7 @@ from hpccr.noded.control import (
     InitReply,
     InitRequest,
     InitRestore,
+    InitRollBack,
     Launch,
     Network,
     NetworkReady,
@@ -49,6 +50,7 @@ from hpccr.wire.messages import (
     Release,
     Resume,
     Resumed,
+    RolledBack,
     Signal,
     Started,
     Unheld,
@@ -173,6 +175,7 @@ class Init:
             Freeze: self._freeze,
             Dump: self._dump,
             Release: self._release,
+            InitRollBack: self._roll_back,
             InitRestore: self._restore,
             Resume: self._resume,
             Unhold: self._unhold,
@@ -236,7 +239,7 @@ class Init:
         return await self._under_way().freeze()
 
     async def _dump(self, request: Dump, fds: list[int]) -> Message:
-        return await self._under_way().dump()
+        return await self._under_way().dump(request.elsewhere)
 
     async def _release(self, request: Release, fds: list[int]) -> Message:
         checkpoint = self._under_way()
@@ -249,6 +252,11 @@ class Init:
         self._checkpoint = None
         self._close_directory()
         return released
+
+    async def _roll_back(self, request: InitRollBack, fds: list[int]) -> Message:
+        if self._capsule.root:
+            raise HpccrError("the capsule has its job already")
+        return RolledBack(await jobfiles.roll_back(self._capsule, fds[0]) if request.image.files else 0)
 
     async def _restore(self, request: InitRestore, fds: list[int]) -> Message:
         if self._capsule.root:

@@ -24,6 +24,7 @@ from hpccr.noded.lifecycle import State
 from hpccr.noded.network import Plan
 from hpccr.noded.node import Node, node_hosts
 from hpccr.noded.spool import Directory
+from hpccr.noded.transfer import Finished
 from hpccr.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class Lease:
         self._making: asyncio.Future[Plan] | None = None
         self._plan: Plan | None = None
         self._images = Images(node, self.name, emit)
+        self._fetched: tuple[Finished, Directory] | None = None
+        """What Fetch brought, until the restored tasks run; the directory is that of the images."""
         self._dumping: Dumping | None = None
         self._aborted: str | None = None
         self._releasing = False
@@ -100,12 +103,17 @@ class Lease:
                 return await self._do_connect(request)
             case m.Start():
                 return await self._do_start(request, descriptors)
+            case m.Fetch():
+                return await self._do_fetch(request)
+            case m.RollBack():
+                return await self._do_roll_back()
             case m.Restore():
                 return await self._do_restore(request, descriptors)
             case m.Resume():
                 return await self._the_init.request(request, m.Resumed, timeout=SHORT)
             case m.Unhold():
                 reply = await self._the_init.request(request, m.Unheld, timeout=SHORT)
+                self._fetched = None
                 await self._images.drop_fetched()
                 return reply
             case m.Prepare():
@@ -239,23 +247,38 @@ class Lease:
         finally:
             os.close(environment)
 
+    async def _do_fetch(self, request: m.Fetch) -> m.Fetched:
+        self._fetched = await self._images.fetch(request, present(self._create), present(self._identity))
+        return m.Fetched()
+
+    async def _do_roll_back(self) -> m.RolledBack:
+        finished, fetched = present(self._fetched)
+        directory = fetched.open()
+        try:
+            return await self._the_init.request(
+                control.InitRollBack(image=present(finished.image)),
+                m.RolledBack,
+                timeout=self._node.config.checkpoint.restore_timeout + MARGIN,
+                descriptors=[directory],
+            )
+        finally:
+            os.close(directory)
+
     async def _do_restore(self, request: m.Restore, descriptors: Descriptors) -> m.Restored:
-        create, identity, config = present(self._create), present(self._identity), self._node.config
+        config = self._node.config.checkpoint
         check_stdio(request.stdin, request.merged, descriptors)
-        finished, fetched = await self._images.fetch(request, create, identity)
-        if finished.image is None:
-            raise HpccrError("the transfer brought no image")
+        finished, fetched = present(self._fetched)
         directory = fetched.open()
         try:
             restored = await self._the_init.request(
                 control.InitRestore(
-                    image=finished.image,
+                    image=present(finished.image),
                     stdin=request.stdin,
                     merged=request.merged,
-                    ghost_limit=config.checkpoint.ghost_limit,
+                    ghost_limit=config.ghost_limit,
                 ),
                 m.Restored,
-                timeout=config.checkpoint.restore_timeout + MARGIN,
+                timeout=config.restore_timeout + MARGIN,
                 descriptors=[directory, *descriptors.numbers],
             )
         finally:
@@ -281,6 +304,7 @@ class Lease:
                     ghost_limit=config.ghost_limit,
                     outside=config.outside,
                     room=await asyncio.to_thread(self._node.room, self.name),
+                    files=request.files,
                 ),
                 m.Prepared,
                 config.prepare_timeout + MARGIN,

@@ -14,6 +14,8 @@ class State(enum.Enum):
     NEW = "new"
     CREATED = "created"
     CONNECTED = "connected"
+    FETCHED = "fetched"
+    ROLLED_BACK = "rolled back"
     RUNNING = "running"
     PREPARED = "prepared"
     FROZEN = "frozen"
@@ -31,7 +33,9 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
     m.Create: (frozenset({State.NEW}), State.CREATED),
     m.Connect: (frozenset({State.CREATED}), State.CONNECTED),
     m.Start: (frozenset({State.CONNECTED}), State.RUNNING),
-    m.Restore: (frozenset({State.CONNECTED}), State.RESTORED),
+    m.Fetch: (frozenset({State.CONNECTED}), State.FETCHED),
+    m.RollBack: (frozenset({State.FETCHED}), State.ROLLED_BACK),
+    m.Restore: (frozenset({State.ROLLED_BACK}), State.RESTORED),
     m.Resume: (frozenset({State.RESTORED}), State.RESUMED),
     m.Unhold: (frozenset({State.RESUMED}), State.RUNNING),
     m.Prepare: (frozenset({State.RUNNING}), State.PREPARED),
@@ -41,7 +45,7 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
     m.Flush: (frozenset({State.RUNNING, State.PREPARED, State.FROZEN, State.DUMPED, State.ENDED}), None),
 }
 
-FATAL = (m.Create, m.Connect, m.Start, m.Restore)
+FATAL = (m.Create, m.Connect, m.Start, m.Fetch, m.RollBack, m.Restore)
 """Requests after whose failure the capsule is gone: a half made one is of no use."""
 
 CHECKPOINT = (m.Prepare, m.Freeze, m.Dump, m.Release)

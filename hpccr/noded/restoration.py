@@ -7,13 +7,10 @@ result is the user's and nothing more.
 from __future__ import annotations
 
 import os
-import stat
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.model import OpenFile
 from hpccr.noded import child, launch, private, scan, subreaper
 from hpccr.noded.capsule import Capsule, Streams, kill, set_last_pid, wait_ended
 from hpccr.noded.control import InitRestore
@@ -53,7 +50,6 @@ class Restoration:
         self._capsule.hold.on()
         set_last_pid(_LOW_PIDS)
         await private.restore(self._capsule.reaper, image.private, self._directory)
-        child.call(lambda: roll_back(image.files), identity=self._capsule.identity)
         self._criu.restore(
             # As CRIU's sibling the root is init's child from the start, but CRIU traces it, and nobody else can.
             {"rst_sibling": not reaps, "ghost_limit": min(self._request.ghost_limit, 0xFFFFFFFF)},
@@ -160,34 +156,3 @@ def check_images(capsule: Capsule, directory: int, root: int) -> bool:
             if any(any(creds.get(key, ())) for key in ("cap_inh", "cap_prm", "cap_eff", "cap_amb")):
                 raise CorruptError(f"{name} holds a task with capabilities")
     return reaps
-
-
-def roll_back(files: Iterable[OpenFile]) -> None:
-    """Bring files back to their size at the checkpoint, as the user. Raises HpccrError naming one that cannot be.
-
-    What was appended since is cut off; bytes that are missing cannot be made up.
-    """
-    for file in files:
-        try:
-            status = os.stat(file.path)
-        except OSError as error:
-            raise HpccrError(
-                f"the job had {file.path} open for writing and it cannot be found: {error.strerror}",
-                hint="what the job writes must be on shared storage and stay there between checkpoint and restart",
-            ) from None
-        if not stat.S_ISREG(status.st_mode) or status.st_mode != file.mode:
-            raise HpccrError(
-                f"{file.path} has mode {stat.filemode(status.st_mode)}, at the checkpoint {stat.filemode(file.mode)}",
-                hint=f"give it back: chmod {stat.S_IMODE(file.mode):o} {file.path}",
-            )
-        if status.st_size < file.size:
-            raise HpccrError(
-                f"{file.path} has {status.st_size} bytes and had {file.size} at the checkpoint: what is gone "
-                "cannot be brought back",
-                hint="restart from an earlier checkpoint, or put the file back as it was",
-            )
-        if status.st_size > file.size:
-            try:
-                os.truncate(file.path, file.size)
-            except OSError as error:
-                raise HpccrError(f"cannot cut {file.path} back to {file.size} bytes: {error.strerror}") from None

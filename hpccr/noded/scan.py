@@ -11,8 +11,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from blake3 import blake3
+
 from hpccr.errors import CorruptError, HpccrError, UnsupportedError
-from hpccr.model import OpenFile
 from hpccr.noded import child
 from hpccr.noded.control import Identity
 
@@ -334,6 +335,26 @@ def _segments(root: int) -> int:
     return int(child.call(read))
 
 
+@dataclass(frozen=True)
+class OpenFile:
+    """A regular file that some task can write to, as the tasks have it. append: every writer uses O_APPEND."""
+
+    path: str
+    status: os.stat_result
+    append: bool
+
+    @property
+    def identity(self) -> bytes:
+        """Equal for two capsules only where they have one file. While all tasks of the job are stopped."""
+        return identity(self.path, self.status)
+
+
+def identity(path: str, status: os.stat_result) -> bytes:
+    """16 bytes that are equal where two nodes see one file on shared storage: nothing in it is a node's own."""
+    facts = (status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return blake3(f"{facts} ".encode() + os.fsencode(path)).digest(length=16)
+
+
 def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     """Regular files some task can write to (open for writing, or mapped shared and writable), by path.
 
@@ -348,12 +369,7 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
         if below(path, places):
             return
         before = found.get(path)
-        found[path] = OpenFile(
-            path=path,
-            size=status.st_size,
-            mode=status.st_mode,
-            append=append and (before is None or before.append),
-        )
+        found[path] = OpenFile(path, status, append and (before is None or before.append))
 
     for task in whole.tasks:
         for fd, flags in _descriptor_flags(task.pid):

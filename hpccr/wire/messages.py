@@ -19,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 
-from hpccr.model import CheckpointId, Count, Index, Sequence, StepKey
+from hpccr.model import CheckpointId, Count, FileRules, Index, Sequence, StepKey
 
 PROTOCOL = 1
 
@@ -90,6 +90,7 @@ class Prepare(Message, frozen=True):
 
     sequence: Sequence
     checkpoint: CheckpointId
+    files: FileRules = FileRules()
 
 
 class Freeze(Message, frozen=True):
@@ -97,7 +98,12 @@ class Freeze(Message, frozen=True):
 
 
 class Dump(Message, frozen=True):
-    """Write the images to the spool. Reply: Dumped."""
+    """Write the images to the spool. Reply: Dumped.
+
+    elsewhere: of Frozen.files, those that another capsule saves.
+    """
+
+    elsewhere: tuple[bytes, ...] = ()
 
 
 class Release(Message, frozen=True):
@@ -124,16 +130,25 @@ class Flush(Message, frozen=True):
     share: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
 
 
+class Fetch(Message, frozen=True):
+    """Fetch the fragment in `directory` into the spool and verify it. Reply: Fetched."""
+
+    directory: str
+    sequence: Sequence
+    checkpoint: CheckpointId
+
+
+class RollBack(Message, frozen=True):
+    """Put the files of the fetched fragment back, once all capsules have theirs. Reply: RolledBack."""
+
+
 class Restore(Message, frozen=True):
-    """Fetch the fragment in `directory`, verify it and restore the tasks up to the point before they run.
+    """Restore the tasks of the fetched fragment up to the point before they run, once all files are back.
 
     Instead of Start. Descriptors as Start; `stdin` and `merged` must be as they were at the first start.
     Reply: Restored, all tasks stopped and the network held.
     """
 
-    directory: str
-    sequence: Sequence
-    checkpoint: CheckpointId
     stdin: str
     merged: bool
 
@@ -180,9 +195,14 @@ class Prepared(Message, frozen=True):
 
 class Frozen(Message, frozen=True):
     """All tasks are stopped. On its way to the coordinator the agent drains stdout and stderr first (Output comes
-    before) and fills in stdin_consumed: bytes of Input that the job has read since this start or restore."""
+    before) and fills in stdin_consumed: bytes of Input that the job has read since this start or restore.
+
+    files: identities (16 bytes each) of the files and trees that are about to be saved. Equal ones of two capsules are
+    one file on shared storage.
+    """
 
     stdin_consumed: int = 0
+    files: tuple[bytes, ...] = ()
 
 
 class Dumped(Message, frozen=True):
@@ -225,6 +245,15 @@ class FlushFailed(Message, frozen=True):
     hint: str = ""
 
 
+class Fetched(Message, frozen=True):
+    pass
+
+
+class RolledBack(Message, frozen=True):
+    changed: int
+    """Names that were not as they were at the checkpoint."""
+
+
 class Restored(Message, frozen=True):
     """local: the images were still in the node's spool, and nothing was read from the store."""
 
@@ -255,7 +284,7 @@ class Exited(Message, frozen=True):
 
 class Failed(Message, frozen=True):
     """The request failed; see errors.HpccrError. The capsule is as it was before the request, except after Create,
-    Connect, Start and Restore, when it is gone."""
+    Connect, Start, Fetch, RollBack and Restore, when it is gone."""
 
     code: int
     message: str
@@ -399,6 +428,8 @@ NodeRequest = (
     | Release
     | Abort
     | Flush
+    | Fetch
+    | RollBack
     | Restore
     | Resume
     | Unhold
@@ -420,6 +451,8 @@ NodeReply = (
     | Flushing
     | Flushed
     | FlushFailed
+    | Fetched
+    | RolledBack
     | Restored
     | Resumed
     | Unheld

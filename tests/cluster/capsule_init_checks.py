@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+from hpccr.model import FILES_LIST, FileRules, SavedFile, SavedFiles
 from hpccr.noded.control import (
     MAX_PACKET,
     Build,
@@ -34,6 +35,7 @@ from hpccr.noded.control import (
     InitPrepare,
     InitReply,
     InitRestore,
+    InitRollBack,
     Launch,
     Network,
     NetworkReady,
@@ -53,6 +55,7 @@ from hpccr.wire.messages import (
     Restored,
     Resume,
     Resumed,
+    RolledBack,
     Signal,
     Started,
     Unheld,
@@ -201,11 +204,18 @@ class Capsule:
     def write(self, data: bytes) -> None:
         os.write(self.stdin, data)
 
-    def prepare(self, spool: int, *, outside: str = "allow", room: int = 1 << 40) -> InitReply | None:
-        return self.ask(InitPrepare(freeze_timeout=10.0, ghost_limit=1 << 30, outside=outside, room=room), [spool])
+    def prepare(
+        self, spool: int, *, outside: str = "allow", room: int = 1 << 40, files: FileRules | None = None
+    ) -> InitReply | None:
+        request = InitPrepare(
+            freeze_timeout=10.0, ghost_limit=1 << 30, outside=outside, room=room, files=files or FileRules()
+        )
+        return self.ask(request, [spool])
 
-    def checkpoint(self, spool: int, *, kill: bool = False) -> tuple[InitDumped, Released]:
-        prepared = self.prepare(spool)
+    def checkpoint(
+        self, spool: int, *, kill: bool = False, files: FileRules | None = None
+    ) -> tuple[InitDumped, Released]:
+        prepared = self.prepare(spool, files=files)
         assert isinstance(prepared, Prepared), prepared
         frozen = self.ask(Freeze())
         assert isinstance(frozen, Frozen), frozen
@@ -216,7 +226,13 @@ class Capsule:
         assert isinstance(released, Released), released
         return dumped, released
 
+    def roll_back(self, spool: int, dumped: InitDumped) -> InitReply | None:
+        return self.ask(InitRollBack(image=dumped.image), [spool])
+
     def restore(self, spool: int, dumped: InitDumped) -> InitReply | None:
+        rolled = self.roll_back(spool, dumped)
+        if not isinstance(rolled, RolledBack):
+            return rolled
         ends = self.pipes()
         reply = self.ask(
             InitRestore(image=dumped.image, stdin="pipe", merged=True, ghost_limit=1 << 30), [spool, *ends]
@@ -594,8 +610,8 @@ def killed_at_release_not_one_instruction_more(home: Path) -> None:
             assert processes_of_user() == []
             one.read_rest_into()
             assert len(one.output) == output and count.stat().st_size == size
-            (recorded,) = dumped.image.files
-            assert (recorded.path, recorded.size, recorded.append) == (str(count), size, True)
+            (recorded,) = saved_files(directory)
+            assert (recorded.path, recorded.size) == (os.fsencode(count), size)
             one.socket.settimeout(0.5)
             with contextlib.suppress(TimeoutError):
                 one.receive()
@@ -977,6 +993,12 @@ def memory_files_and_connections_come_back(home: Path) -> None:
             assert two.exited() == 0
 
 
+def saved_files(spool: int) -> tuple[SavedFile, ...]:
+    fd = os.open(FILES_LIST, os.O_RDONLY, dir_fd=spool)
+    with os.fdopen(fd, "rb") as file:
+        return msgspec.msgpack.decode(file.read(), type=SavedFiles).files
+
+
 @case
 def files_are_rolled_back(home: Path) -> None:
     appended, inplace, mapped = home / "appended", home / "inplace", home / "mapped"
@@ -1003,8 +1025,11 @@ def files_are_rolled_back(home: Path) -> None:
             one.write(b"one\n")
             one.read_until(b"wrote\n")
             dumped, _ = one.checkpoint(directory)
-            found = {Path(file.path): (file.size, file.append) for file in dumped.image.files}
-            assert found == {appended: (4, True), inplace: (4, False), mapped: (4096, False)}, found
+            assert {Path(os.fsdecode(file.path)): file.size for file in saved_files(directory)} == {
+                appended: 4,
+                inplace: 4,
+                mapped: 4096,
+            }
             one.write(b"lost\n")
             one.read_until(b"wrote\n")
         assert appended.read_text() == inplace.read_text() == "one\nlost\n"
@@ -1014,15 +1039,30 @@ def files_are_rolled_back(home: Path) -> None:
             two.read_until(b"wrote\n")
         assert appended.read_text() == inplace.read_text() == "one\ntwo\n"
         os.truncate(inplace, 2)
-        with capsule() as three:
-            expect_failed(three.restore(directory, dumped), str(inplace), "2 bytes", "4 at the checkpoint")
-        os.truncate(inplace, 4)
+        appended.unlink()
         inplace.chmod(0o600)
+        mapped.write_bytes(b"not any more" * 1000)
+        with capsule() as three:
+            three.restart(directory, dumped)
+            three.write(b"three\n")
+            three.read_until(b"wrote\n")
+        assert appended.read_text() == inplace.read_text() == "one\nthree\n"
+        assert mapped.read_bytes() == bytes(4096) and inplace.stat().st_mode & 0o777 == 0o640
+        # A log that is too large to be saved is cut back, if it is still there.
+        limited, path = FileRules(snapshot_limit=2), os.fsencode(appended)
         with capsule() as four:
-            expect_failed(four.restore(directory, dumped), str(inplace), "chmod 640")
-        inplace.unlink()
+            four.script(f"import time; file = open('{appended}', 'a'); print('ready', flush=True); time.sleep(1000)")
+            four.read_until(b"ready\n")
+            dumped, _ = four.checkpoint(directory, files=limited)
+            assert [(file.path, file.extents) for file in saved_files(directory)] == [(path, None)]
+        os.truncate(appended, 2)
         with capsule() as five:
-            expect_failed(five.restore(directory, dumped), str(inplace), "No such file")
+            expect_failed(five.restore(directory, dumped), str(appended), "2 bytes and had 10")
+        with capsule() as six:
+            six.script(f"import time; file = open('{inplace}', 'r+'); print('ready', flush=True); time.sleep(1000)")
+            six.read_until(b"ready\n")
+            refused = six.prepare(directory, files=limited)
+            expect_failed(refused, str(inplace), "10 bytes", "up to 2 bytes", "files.snapshot_limit", code=13)
         assert processes_of_user() == []
 
 

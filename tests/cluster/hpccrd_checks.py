@@ -36,9 +36,10 @@ from hpccrd_client import (
     connected,
     create,
     echoes,
+    fetch,
     join,
     remote,
-    restore,
+    restored,
     running,
     start,
     step_key,
@@ -108,8 +109,8 @@ async def checkpoint(store: str) -> None:
         await first.expect(m.Destroy(), m.Destroyed)
     async with capsule() as second:
         await connected(second, key)
-        restored = await second.expect(restore(directory, identifier), m.Restored)
-        assert (restored.tasks, restored.bytes) == (2, flushed.bytes), restored
+        found = await restored(second, directory, identifier)
+        assert (found.tasks, found.bytes) == (2, flushed.bytes), found
         await second.expect(m.Resume(), m.Resumed)
         await second.expect(m.Unhold(), m.Unheld)
         await echoes(second)
@@ -234,7 +235,7 @@ async def damaged(store: str) -> None:
     async def refused(where: str, code: ExitCode, pattern: str, *, sequence: int = 1, name: str = identifier) -> None:
         async with capsule() as made:
             await connected(made, key)
-            await made.refused(restore(where, name, sequence=sequence), code, pattern)
+            await made.refused(fetch(where, name, sequence=sequence), code, pattern)
             # The capsule is gone, the lease answers still.
             await made.refused(m.Resume(), ExitCode.USAGE, "gone")
             await made.expect(m.Destroy(), m.Destroyed)
@@ -272,7 +273,7 @@ async def stolen(directory: str, record: str) -> None:
     cluster, job, step, identifier = Path(record).read_text().split()
     async with capsule() as made:
         await connected(made, StepKey(cluster=cluster, job=job, step=step))
-        await made.refused(restore(directory, identifier), ExitCode.CORRUPT, "user 1001, not 1002")
+        await made.refused(fetch(directory, identifier), ExitCode.CORRUPT, "user 1001, not 1002")
 
 
 @case
@@ -307,7 +308,7 @@ async def make_fragment(key: StepKey, directory: str) -> str:
 
 async def resumed(made: Capsule, key: StepKey, directory: str, identifier: str) -> None:
     await connected(made, key)
-    await made.expect(restore(directory, identifier), m.Restored)
+    await restored(made, directory, identifier)
     await made.expect(m.Resume(), m.Resumed)
     await made.expect(m.Unhold(), m.Unheld)
 
@@ -333,9 +334,9 @@ async def leave(store: str, state: str) -> None:
             case "running":
                 await made.expect(start(*WAIT, stdin="pipe"), m.Started)
             case "fetching":
-                await made.lease.send(restore(directory, identifier))
+                await made.lease.send(fetch(directory, identifier))
             case "restored" | "resumed" | "unheld":
-                await made.expect(restore(directory, identifier), m.Restored)
+                await restored(made, directory, identifier)
                 if state != "restored":
                     await made.expect(m.Resume(), m.Resumed)
                 if state == "unheld":

@@ -240,8 +240,15 @@ async def checkpointed(made: Capsule, *, sequence: int = 1, kill: bool = False) 
     return identifier
 
 
-def restore(directory: str, identifier: str, *, sequence: int = 1) -> m.Restore:
-    return m.Restore(directory=directory, sequence=sequence, checkpoint=identifier, stdin="pipe", merged=True)
+def fetch(directory: str, identifier: str, *, sequence: int = 1) -> m.Fetch:
+    return m.Fetch(directory=directory, sequence=sequence, checkpoint=identifier)
+
+
+async def restored(made: Capsule, directory: str, identifier: str) -> m.Restored:
+    """Fetch to Restore."""
+    await made.expect(fetch(directory, identifier), m.Fetched)
+    await made.expect(m.RollBack(), m.RolledBack)
+    return await made.expect(m.Restore(stdin="pipe", merged=True), m.Restored)
 
 
 CASES: dict[str, Callable[..., Awaitable[None]]] = {}

@@ -13,7 +13,8 @@ CREATE = m.Create(protocol=1, key=KEY, capsule=0, capsules=1, incarnation=0, sec
 CONNECT = m.Connect(peers=())
 START = m.Start(argv=(), env={}, cwd="/", stdin="null", merged=True)
 PREPARE = m.Prepare(sequence=1, checkpoint="0" * 32)
-RESTORE = m.Restore(directory="/", sequence=1, checkpoint="0" * 32, stdin="null", merged=True)
+FETCH = m.Fetch(directory="/", sequence=1, checkpoint="0" * 32)
+RESTORE = m.Restore(stdin="null", merged=True)
 
 
 def walk(*requests: m.Message) -> State:
@@ -26,7 +27,7 @@ def walk(*requests: m.Message) -> State:
 def test_a_whole_life() -> None:
     checkpoint = (PREPARE, m.Freeze(), m.Dump(), m.Release(kill=False), m.Flush(directory="/x"))
     assert walk(CREATE, CONNECT, START, *checkpoint, *checkpoint) is State.RUNNING
-    assert walk(CREATE, CONNECT, RESTORE, m.Resume(), m.Unhold(), *checkpoint) is State.RUNNING
+    assert walk(CREATE, CONNECT, FETCH, m.RollBack(), RESTORE, m.Resume(), m.Unhold(), *checkpoint) is State.RUNNING
     assert walk(CREATE, CONNECT, START, PREPARE, m.Freeze(), m.Dump(), m.Release(kill=True)) is State.ENDED
 
 
@@ -46,7 +47,10 @@ def test_a_killed_job_can_still_be_flushed_but_not_checkpointed() -> None:
         (State.CONNECTED, CONNECT),
         (State.CONNECTED, m.Flush(directory="/x")),
         (State.RUNNING, START),
-        (State.RUNNING, RESTORE),
+        (State.RUNNING, FETCH),
+        (State.CONNECTED, m.RollBack()),
+        (State.FETCHED, RESTORE),
+        (State.CONNECTED, RESTORE),
         (State.RUNNING, m.Freeze()),
         (State.RUNNING, m.Resume()),
         (State.PREPARED, PREPARE),

@@ -24,6 +24,8 @@ ANSWERS = {
     Phase.CREATING: created,
     Phase.CONNECTING: lambda k: m.Connected(),
     Phase.STARTING: lambda k: m.Started(300),
+    Phase.FETCHING: lambda k: m.Fetched(),
+    Phase.ROLLING_BACK: lambda k: m.RolledBack(0),
     Phase.RESTORING: lambda k: m.Restored(0.1, 0.2, 10, 2),
     Phase.RESUMING: lambda k: m.Resumed(),
     Phase.UNHOLDING: lambda k: m.Unheld(),
@@ -80,7 +82,8 @@ def test_start_goes_through_its_phases_in_order() -> None:
 
 def test_restore_goes_through_its_phases_and_reports_what_was_restored() -> None:
     machine = Machine(2, plan.Source(3, "1" * 32)).to(Phase.RUNNING)
-    assert requests(machine)[2:] == [Phase.RESTORING, Phase.RESUMING, Phase.UNHOLDING]
+    phases = [Phase.FETCHING, Phase.ROLLING_BACK, Phase.RESTORING, Phase.RESUMING, Phase.UNHOLDING]
+    assert requests(machine)[2:] == phases
     assert len(machine.last(plan.Running).restored) == 2
 
 

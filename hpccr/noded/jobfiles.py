@@ -1,0 +1,181 @@
+"""The job's files outside its private directories, as capsule init sees to them: what a checkpoint saves, and what a
+restore puts back. Init itself opens none of them: helpers with the user's ids do (snapshot.py, rollback.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from hpccr.errors import HpccrError
+from hpccr.model import FILES_DATA, FILES_LIST, FileRules
+from hpccr.noded import child, rollback, scan, snapshot
+from hpccr.noded.capsule import Capsule
+
+MAX_SHARED = 4096
+"""Files of a capsule of which the others are told; of more than that each capsule saves its own copy."""
+
+_NETWORK_TYPES = frozenset(
+    ("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "cifs", "smb3", "9p", "afs", "orangefs", "panfs", "wekafs")
+)
+"""File systems on which other nodes see what this one has written only once it has been written out."""
+
+
+class Saving:
+    """One checkpoint's. Steps in this order: measure, stand, start, finish; or cancel at any time."""
+
+    def __init__(self, home: Capsule, rules: FileRules, directory: int) -> None:
+        """directory: the spool directory of the checkpoint; the caller's."""
+        self._capsule = home
+        self._directory = directory
+        self._limit = rules.snapshot_limit
+        self._trees = tuple(tree for tree in rules.trees if not scan.below(tree, home.places))
+        self._excluded = rules.excluded
+        self._files: tuple[scan.OpenFile, ...] = ()
+        self._identities: dict[str, bytes] = {}
+        """Of the trees and of the files outside of them."""
+        self._helper: child.Helper | None = None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return (self._helper.pid,) if self._helper is not None else ()
+
+    async def measure(self, tree: scan.Tree) -> int:
+        """While the tasks run: bytes that the files will take. Raises UnsupportedError naming one that cannot be
+        saved."""
+        self._files = scan.open_files(tree, self._capsule.places)
+        request = self._request(frozenset())
+        if not request.files and not request.trees:
+            return 0
+        return int(await self._work(lambda: snapshot.measure(request)))
+
+    async def stand(self, tree: scan.Tree) -> tuple[bytes, ...]:
+        """All tasks are stopped: note what there is to save. Gives the identities of what other capsules may have
+        too, all of it written out to where they can see it."""
+        # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
+        self._files = scan.open_files(tree, self._capsule.places)
+        self._identities = {}
+        if self._capsule.network is None or len(self._capsule.network.peers) < 2:
+            return ()
+        if remote := self._remote():
+            await self._work(lambda: snapshot.refresh(remote, write_out=True))
+        if self._trees:
+            found = await self._work(lambda: [_tree_identity(tree) for tree in self._trees])
+            self._identities.update({tree: known for tree, known in zip(self._trees, found, strict=True) if known})
+        for file in self._files:
+            if len(self._identities) >= MAX_SHARED:
+                break
+            if not scan.below(file.path, self._trees):
+                self._identities[file.path] = file.identity
+        return tuple(self._identities.values())
+
+    async def refresh(self) -> None:
+        """All capsules stand: what the others have written last is seen here, by CRIU too."""
+        if self._identities and (remote := self._remote()):
+            await self._work(lambda: snapshot.refresh(remote, write_out=False))
+
+    def start(self, elsewhere: frozenset[bytes]) -> None:
+        """Begin to save, but for what other capsules save."""
+        request = self._request(elsewhere)
+        if not request.files and not request.trees and not request.elsewhere:
+            return
+        fds = [self._create(FILES_LIST), self._create(FILES_DATA)]
+        try:
+            self._helper = child.Helper(
+                self._capsule.reaper,
+                lambda: snapshot.save(request, *fds),
+                identity=self._capsule.identity,
+                keep=fds,
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def finish(self) -> int:
+        """How many names were saved, once all are. Raises UnsupportedError or HpccrError naming one that was not."""
+        helper, self._helper = self._helper, None
+        if helper is None:
+            return 0
+        try:
+            return int(await helper.result())
+        finally:
+            await helper.cancel()
+
+    async def cancel(self) -> None:
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            await helper.cancel()
+
+    async def _work[R](self, function: child.Function[R]) -> R:
+        self._helper = child.Helper(self._capsule.reaper, function, identity=self._capsule.identity, keep=())
+        helper = self._helper
+        try:
+            result: R = await helper.result()
+            return result
+        finally:
+            await self.cancel()
+
+    def _request(self, elsewhere: frozenset[bytes]) -> snapshot.Request:
+        others = {path for path, known in self._identities.items() if known in elsewhere}
+        gone = [tree for tree in self._trees if tree in others]
+        kept = [tree for tree in self._trees if tree not in others]
+        # A tree is saved whole, by one capsule, also what others have open in it.
+        mine = [
+            file
+            for file in self._files
+            if file.path not in others and (scan.below(file.path, kept) or not scan.below(file.path, gone))
+        ]
+        return snapshot.Request(
+            files=[snapshot.Wanted(f.path, f.status.st_dev, f.status.st_ino, f.append) for f in mine],
+            trees=kept,
+            excluded=self._excluded,
+            limit=self._limit,
+            elsewhere=sorted(others),
+        )
+
+    def _remote(self) -> list[str]:
+        devices = network_devices()
+        return [file.path for file in self._files if file.status.st_dev in devices]
+
+    def _create(self, name: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, 0o600, dir_fd=self._directory)
+
+
+def _tree_identity(tree: str) -> bytes:
+    """b"" where there is none: nobody else has it then either, or each has its own."""
+    try:
+        return scan.identity(tree, os.stat(tree, follow_symlinks=False))
+    except OSError:
+        return b""
+
+
+def network_devices(mountinfo: str | None = None) -> frozenset[int]:
+    """st_dev of the file systems that are other machines'. mountinfo: of this process, if not given."""
+    if mountinfo is None:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+            mountinfo = file.read()
+    return frozenset(_devices(mountinfo.splitlines()))
+
+
+def _devices(lines: Iterable[str]) -> Iterable[int]:
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        kind = after.split(" ", 1)[0]
+        if kind in _NETWORK_TYPES or kind.startswith("fuse."):
+            major, _, minor = before.split()[2].partition(":")
+            yield os.makedev(int(major), int(minor))
+
+
+async def roll_back(home: Capsule, directory: int) -> int:
+    """Put the files of a fetched fragment back; how many were not as they were. Raises HpccrError naming a file."""
+    fds: list[int] = []
+    try:
+        for name in (FILES_LIST, FILES_DATA):
+            fds.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
+        return int(await child.work(home.reaper, lambda: rollback.roll_back(*fds), identity=home.identity, keep=fds))
+    except FileNotFoundError as error:
+        raise HpccrError(f"the checkpoint has no {error.filename}: it was made by another version of hpccr") from None
+    finally:
+        for fd in fds:
+            os.close(fd)

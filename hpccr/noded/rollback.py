@@ -1,0 +1,384 @@
+"""Putting the job's files back as they were at a checkpoint. Runs with the user's ids, before any task is restored.
+
+Two stages. First everything that differs is written beside its place under a temporary name, and nothing else is
+touched: if that fails the files are as they were found. Then names are exchanged. A crash in between leaves each file
+in its old or in its new state, and the next rollback finishes the work. Only what cannot be replaced is written in
+place: a file with several names, of another owner, or in a directory where the user cannot make files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from hpccr.errors import CorruptError, HpccrError
+from hpccr.model import SavedFile, SavedFiles
+from hpccr.noded.snapshot import CHUNK, TEMPORARY, data_ranges, walk
+
+_MAX_NAME = 255
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def roll_back(list_fd: int, data_fd: int) -> int:
+    """Put everything back; how many names were not as they were. Raises HpccrError naming the file."""
+    with os.fdopen(os.dup(list_fd), "rb") as file:
+        file.seek(0)
+        try:
+            saved = msgspec.msgpack.decode(file.read(), type=SavedFiles)
+        except msgspec.MsgspecError as error:
+            raise CorruptError(f"the list of the job's files cannot be read: {error}") from None
+    return _Rollback(saved, data_fd).run()
+
+
+class _Rollback:
+    def __init__(self, saved: SavedFiles, data_fd: int) -> None:
+        self._saved = saved
+        self._data = data_fd
+        self._temporary: list[str] = []
+        self._then: list[Callable[[], None]] = []
+        """The second stage, in order."""
+        self._directories: set[str] = set()
+        """Where names change: synced at the end."""
+        self._changed = 0
+
+    def run(self) -> int:
+        directories = [file for file in self._saved.files if stat.S_ISDIR(file.mode)]
+        try:
+            for file in directories:
+                self._make_directory(file)
+            for file in self._saved.files:
+                with _named(file):
+                    self._plan(file)
+        except BaseException:
+            for path in self._temporary:
+                with suppress(OSError):
+                    os.unlink(path)
+            raise
+        try:
+            for action in self._then:
+                action()
+            self._remove_later_names()
+            for file in reversed(directories):
+                self._set_attributes(file)
+        except OSError as error:
+            raise _failure(error.filename, error) from None
+        for path in self._directories:
+            with suppress(OSError):
+                _sync(path)
+        return self._changed
+
+    def _make_directory(self, file: SavedFile) -> None:
+        path = os.fsdecode(file.path)
+        with _named(file):
+            status = _status(path)
+            if status is not None and not stat.S_ISDIR(status.st_mode):
+                os.unlink(path)
+                status = None
+            if status is None:
+                os.makedirs(path, 0o700)
+                self._changed += 1
+            elif status.st_uid == os.geteuid() and status.st_mode & 0o700 != 0o700:
+                os.chmod(path, 0o700)  # its own mode comes back at the end
+
+    def _plan(self, file: SavedFile) -> None:
+        path = os.fsdecode(file.path)
+        kind = stat.S_IFMT(file.mode)
+        if kind == stat.S_IFDIR:
+            return
+        status = _status(path)
+        if kind == 0:
+            if status is not None:
+                self._do(path, lambda: _remove(path))
+        elif kind == stat.S_IFREG and file.same:
+            self._plan_link(path, os.fsdecode(file.same))
+        elif kind == stat.S_IFREG:
+            self._plan_file(file, path, status)
+        elif kind == stat.S_IFLNK:
+            if status is None or not stat.S_ISLNK(status.st_mode) or os.readlink(file.path) != file.target:
+                temporary = self._beside(path)
+                os.symlink(file.target, temporary)
+                self._do(path, lambda: _exchange(temporary, path))
+        elif kind == stat.S_IFIFO and (status is None or stat.S_IFMT(status.st_mode) != kind):
+            temporary = self._beside(path)
+            os.mkfifo(temporary, stat.S_IMODE(file.mode))
+            self._do(path, lambda: _exchange(temporary, path))
+
+    def _do(self, path: str, action: Callable[[], None]) -> None:
+        self._changed += 1
+        self._directories.add(os.path.dirname(path))
+        self._then.append(action)
+
+    def _plan_link(self, path: str, other: str) -> None:
+        def link() -> None:
+            status, target = _status(path), _status(other)
+            if status is not None and target is not None and os.path.samestat(status, target):
+                return
+            temporary = self._beside(path)
+            os.link(other, temporary)
+            _exchange(temporary, path)
+
+        self._then.append(link)
+
+    def _plan_file(self, file: SavedFile, path: str, status: os.stat_result | None) -> None:
+        if file.extents is None:
+            self._plan_cut(file, path, status)
+            return
+        if status is not None and stat.S_ISREG(status.st_mode) and status.st_size >= file.size:
+            fd = _open_to_compare(path)
+            if fd >= 0:
+                try:
+                    equal = self._equal(fd, file)
+                finally:
+                    os.close(fd)
+                if equal:
+                    if status.st_size > file.size:
+                        self._do(path, lambda: os.truncate(path, file.size))
+                    self._then.append(lambda: self._set_attributes(file))
+                    return
+        elsewhere = status is not None and stat.S_ISREG(status.st_mode) and not self._replaceable(status, file)
+        temporary = "" if elsewhere else self._write_beside(file, path)
+        if temporary:
+            self._do(path, lambda: _exchange(temporary, path))
+        elif status is not None and stat.S_ISREG(status.st_mode):
+            _check_writable(path)
+            self._do(path, lambda: self._write_in_place(file, path))
+        else:
+            raise HpccrError(
+                f"cannot make {path} again: the user may not make files in its directory",
+                hint="restore the directory's permissions as they were at the checkpoint",
+            )
+
+    def _plan_cut(self, file: SavedFile, path: str, status: os.stat_result | None) -> None:
+        """Content that was not saved: what was appended since is cut off, bytes that are missing cannot be made up."""
+        if status is None or not stat.S_ISREG(status.st_mode):
+            raise HpccrError(
+                f"the job had {path} open for appending and it is not there; its content was not saved",
+                hint="it was larger than files.snapshot_limit, or the user could not read it",
+            )
+        if status.st_size < file.size:
+            raise HpccrError(
+                f"{path} has {status.st_size} bytes and had {file.size} at the checkpoint; its content was not saved",
+                hint="put the file back as it was; it was larger than files.snapshot_limit, or not to be read",
+            )
+        if status.st_size > file.size:
+            _check_writable(path)
+            self._do(path, lambda: os.truncate(path, file.size))
+        self._then.append(lambda: self._set_attributes(file))
+
+    def _replaceable(self, status: os.stat_result, file: SavedFile) -> bool:
+        return status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
+
+    def _beside(self, path: str) -> str:
+        """A temporary name in the same directory, free to use; the same after a crash, so that nothing piles up."""
+        directory, name = os.path.split(path)
+        stem = os.fsencode(name)[: _MAX_NAME - len(TEMPORARY) - 1]
+        temporary = os.path.join(directory, "." + os.fsdecode(stem) + TEMPORARY)
+        while temporary in self._temporary:  # two long names that begin alike
+            temporary += "+"
+        _remove(temporary)
+        self._temporary.append(temporary)
+        return temporary
+
+    def _write_beside(self, file: SavedFile, path: str) -> str:
+        """The saved file under a temporary name; "" where the user cannot make it there as it was."""
+        directory = os.path.dirname(path)
+        if _status(directory) is None:
+            os.makedirs(directory)
+        elif not os.access(directory, os.W_OK | os.X_OK):
+            return ""
+        temporary = self._beside(path)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(fd).st_gid != file.gid:
+                try:
+                    os.chown(fd, -1, file.gid)
+                except PermissionError:
+                    return ""  # left for the cleaning up: in place the group stays
+            os.ftruncate(fd, file.size)
+            self._write_extents(fd, file)
+            os.fchmod(fd, stat.S_IMODE(file.mode))
+            _set_xattrs(fd, file)
+            os.utime(fd, ns=(file.mtime, file.mtime))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return temporary
+
+    def _write_extents(self, fd: int, file: SavedFile) -> None:
+        for extent in file.extents or ():
+            done = 0
+            while done < extent.length:
+                data = self._saved_bytes(extent.place + done, min(CHUNK, extent.length - done))
+                done += os.pwrite(fd, data, extent.start + done)
+
+    def _write_in_place(self, file: SavedFile, path: str) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            end = 0
+            for extent in file.extents or ():
+                _zero(fd, end, extent.start)
+                end = extent.start + extent.length
+            _zero(fd, end, file.size)
+            self._write_extents(fd, file)
+            os.ftruncate(fd, file.size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._set_attributes(file)
+
+    def _saved_bytes(self, place: int, count: int) -> bytes:
+        data = os.pread(self._data, count, place)
+        if len(data) < count:
+            raise CorruptError("the checkpoint's copy of the job's files is too short")
+        return data
+
+    def _equal(self, fd: int, file: SavedFile) -> bool:
+        """Whether the first file.size bytes are what was saved."""
+        end = 0
+        for extent in file.extents or ():
+            if not _zeros(fd, end, extent.start):
+                return False
+            for offset in range(0, extent.length, CHUNK):
+                count = min(CHUNK, extent.length - offset)
+                if os.pread(fd, count, extent.start + offset) != self._saved_bytes(extent.place + offset, count):
+                    return False
+            end = extent.start + extent.length
+        return _zeros(fd, end, file.size)
+
+    def _set_attributes(self, file: SavedFile) -> None:
+        """Mode and times of something that is there. Only its owner can, and for others it has not changed."""
+        path = os.fsdecode(file.path)
+        status = os.stat(path, follow_symlinks=False)
+        if status.st_mode != file.mode:
+            os.chmod(path, stat.S_IMODE(file.mode))
+        if status.st_mtime_ns != file.mtime:
+            with suppress(PermissionError):
+                os.utime(path, ns=(status.st_atime_ns, file.mtime), follow_symlinks=False)
+
+    def _remove_later_names(self) -> None:
+        """In the trees: what has been made since."""
+        known = {os.fsdecode(file.path) for file in self._saved.files if file.mode}
+        excluded = {os.fsdecode(path) for path in self._saved.excluded}
+        for tree in self._saved.trees:
+            # What holds something that is excluded stays too.
+            kept = known | {parent for path in excluded for parent in _parents(path)}
+            found = walk(os.fsdecode(tree), excluded.__contains__, _raise)
+            for path, status in reversed([*found]):
+                if path in kept or stat.S_ISSOCK(status.st_mode):
+                    continue
+                _remove(path)
+                self._changed += 1
+                self._directories.add(os.path.dirname(path))
+
+
+class _named:
+    """Gives an OSError in its block the name of the file and becomes an HpccrError."""
+
+    def __init__(self, file: SavedFile) -> None:
+        self._path = os.fsdecode(file.path)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise _failure(self._path, error) from None
+
+
+def _failure(path: str, error: OSError) -> HpccrError:
+    return HpccrError(f"cannot put {path} back as it was at the checkpoint: {error.strerror}", hint=_hint(error))
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room: a file that is put back is written anew beside the old one"
+    return "what the job writes must be on storage that this node has too, with the permissions it had"
+
+
+def _raise(error: OSError) -> None:
+    if error.errno != errno.ENOENT:
+        raise error
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _remove(path: str) -> None:
+    """Whatever is there."""
+    status = _status(path)
+    if status is None:
+        return
+    if stat.S_ISDIR(status.st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def _exchange(temporary: str, path: str) -> None:
+    status = _status(path)
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        shutil.rmtree(path)
+    os.rename(temporary, path)
+
+
+def _open_to_compare(path: str) -> int:
+    try:
+        return os.open(path, _READ)
+    except PermissionError:
+        return -1  # its mode has changed: it is written anew
+
+
+def _check_writable(path: str) -> None:
+    """Raises OSError if a file that has to be written in place cannot be."""
+    os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+
+
+def _set_xattrs(fd: int, file: SavedFile) -> None:
+    for name, value in file.xattrs.items():
+        try:
+            os.setxattr(fd, name, value)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EPERM):
+                raise
+
+
+def _zeros(fd: int, begin: int, end: int) -> bool:
+    for start, stop in data_ranges(fd, end, begin):
+        for offset in range(start, stop, CHUNK):
+            data = os.pread(fd, min(CHUNK, stop - offset), offset)
+            if data.count(0) != len(data):
+                return False
+    return True
+
+
+def _zero(fd: int, begin: int, end: int) -> None:
+    """Write zeros where a file has something else."""
+    for start, stop in [*data_ranges(fd, end, begin)]:
+        for offset in range(start, stop, CHUNK):
+            os.pwrite(fd, bytes(min(CHUNK, stop - offset)), offset)
+
+
+def _sync(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _parents(path: str) -> list[str]:
+    found = []
+    while (parent := os.path.dirname(path)) != path:
+        found.append(parent)
+        path = parent
+    return found

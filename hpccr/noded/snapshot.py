@@ -1,0 +1,398 @@
+"""Saving the job's files: contents and attributes of what a restore has to put back. Runs with the user's ids.
+
+Called in a helper process (child.Helper) of capsule init, while every task of the job is stopped. Everything goes into
+two files that it gets open: the list (model.SavedFiles) and the contents, one after the other. Contents begin at places
+with the same remainder as in their file, so that the store finds the blocks of an earlier checkpoint again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from hpccr.errors import HpccrError, UnsupportedError
+from hpccr.model import Extent, SavedFile, SavedFiles
+
+CHUNK = 1 << 20
+LARGE = 256 << 10
+"""Bytes from which on a file's content begins at a multiple of this: a multiple of the store's blocks."""
+PAGE = 4096
+SMALL_HOLE = 64 << 10
+"""Holes up to this are saved as zeros: many small extents cost more than they save."""
+TEMPORARY = ".hpccr-rollback"
+"""How the names end that a rollback uses for a moment (rollback.py)."""
+
+_SQLITE = b"SQLite format 3\0"
+_SQLITE_COMPANIONS = ("-journal", "-wal", "-shm")
+"""What SQLite keeps beside a database. One that is left from later would be taken for the trace of a crash."""
+_ATTRIBUTES = ("user.", "system.posix_acl_access", "system.posix_acl_default")
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file that some task can write to, as the task has it. append: every writer uses O_APPEND."""
+
+    path: str
+    device: int
+    inode: int
+    append: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to save. files: open ones; trees, excluded: see model.FileRules; elsewhere: paths that others save."""
+
+    files: Sequence[Wanted]
+    trees: Sequence[str]
+    excluded: Sequence[str]
+    limit: int
+    elsewhere: Sequence[str] = ()
+
+
+def measure(request: Request) -> int:
+    """Bytes that save() may write, by the sizes as they are now. Raises what save() would."""
+    total = 0
+    for file in request.files:
+        fd, status = _open_wanted(file)
+        if fd >= 0:
+            os.close(fd)
+            if not _only_cut(file, status, request.limit):
+                total += _room(status)
+    seen = {file.path for file in request.files}
+    for path, status in _trees(request):
+        if stat.S_ISREG(status.st_mode) and path not in seen:
+            _check_size(path, status, request.limit)
+            _check_readable(path)
+            total += _room(status)
+    return total
+
+
+def save(request: Request, list_fd: int, data_fd: int) -> int:
+    """Save everything; how many names there are. Raises UnsupportedError naming what cannot be saved, OSError."""
+    container = _Container(data_fd)
+    found: dict[str, SavedFile] = {}
+    inodes: dict[tuple[int, int], str] = {}
+    for file in request.files:
+        _save_wanted(file, request.limit, container, found, inodes)
+    for path, status in _trees(request):
+        if path not in found:
+            _save_entry(path, status, request.limit, container, found, inodes)
+    saved = SavedFiles(
+        files=tuple(found.values()),
+        trees=tuple(os.fsencode(tree) for tree in request.trees),
+        excluded=tuple(os.fsencode(path) for path in request.excluded),
+        elsewhere=tuple(os.fsencode(path) for path in request.elsewhere),
+    )
+    view = memoryview(msgspec.msgpack.encode(saved))
+    while view:
+        view = view[os.write(list_fd, view) :]
+    return len(saved.files)
+
+
+def refresh(paths: Sequence[str], *, write_out: bool) -> None:
+    """Open each file, which makes a network file system look at it anew. write_out: first bring what this node has
+    written to the server, where the other nodes see it."""
+    for path in paths:
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if write_out:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def data_ranges(fd: int, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """(begin, end) of what is not a hole in [start, end), small holes included."""
+    begin = -1
+    last = start
+    while last < end:
+        try:
+            data = os.lseek(fd, last, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            data = last  # a file system that knows no holes
+            hole = end
+        else:
+            if data >= end:
+                break
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        if begin >= 0 and data - last > SMALL_HOLE:
+            yield begin, last
+            begin = -1
+        if begin < 0:
+            begin = data
+        last = hole
+    if begin >= 0:
+        yield begin, last
+
+
+class _Container:
+    """The file that contents are appended to."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._end = 0
+
+    def add(self, fd: int, size: int, name: str) -> tuple[Extent, ...]:
+        """Copy the first `size` bytes of an open file."""
+        unit = LARGE if size >= LARGE else PAGE
+        extents = []
+        for begin, end in data_ranges(fd, size):
+            place = self._end + (begin - self._end) % unit
+            _copy(fd, begin, self._fd, place, end - begin, name)
+            extents.append(Extent(begin, end - begin, place))
+            self._end = place + end - begin
+        return tuple(extents)
+
+
+def _copy(source: int, offset: int, target: int, place: int, count: int, name: str) -> None:
+    # In the kernel where it can: without a copy at all where both are on one file system that shares blocks.
+    inside = True
+    while count:
+        if inside:
+            try:
+                done = os.copy_file_range(source, target, min(count, 1 << 30), offset, place)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                    raise
+                inside = False
+                continue
+        else:
+            data = os.pread(source, min(count, CHUNK), offset)
+            done = os.pwrite(target, data, place) if data else 0
+        if not done:
+            if inside:
+                inside = False
+                continue
+            raise HpccrError(f"{name} became shorter while it was saved", hint="does anybody outside the job write it?")
+        offset, place, count = offset + done, place + done, count - done
+
+
+def _open_wanted(file: Wanted) -> tuple[int, os.stat_result]:
+    """The file that the tasks have, open for reading; -1 where the user cannot read it and it need only be cut."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM) and file.append:
+            return -1, os.stat(file.path, follow_symlinks=False)
+        raise UnsupportedError(
+            f"the job has {file.path} open for writing and it cannot be saved: {error.strerror}",
+            hint=f"let the user read it: chmod u+r {file.path}" if error.errno == errno.EACCES else "",
+        ) from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (file.device, file.inode):
+        os.close(fd)
+        raise UnsupportedError(
+            f"the job has another file open for writing than the one that is now at {file.path}",
+            hint="something is mounted over it, or another process has just replaced it: try again",
+        )
+    return fd, status
+
+
+def _only_cut(file: Wanted, status: os.stat_result, limit: int) -> bool:
+    """Whether the content is left where it is. What is appended only stays as it was, as far as anybody can tell."""
+    if file.append and status.st_size > limit:
+        return True
+    _check_size(file.path, status, limit)
+    return False
+
+
+def _check_size(path: str, status: os.stat_result, limit: int) -> None:
+    if status.st_blocks * 512 > limit and status.st_size > limit:
+        raise UnsupportedError(
+            f"{path} has {status.st_size} bytes, and files up to {limit} bytes are saved with a checkpoint",
+            hint="raise files.snapshot_limit (HPCCR_FILES_SNAPSHOT_LIMIT), or let the program append (O_APPEND) or "
+            "write into more than one file",
+        )
+
+
+def _check_readable(path: str) -> None:
+    if not os.access(path, os.R_OK):
+        raise UnsupportedError(
+            f"{path} cannot be saved: the user cannot read it", hint="take it out of the directories of --files"
+        )
+
+
+def _room(status: os.stat_result) -> int:
+    # Each page of data may have a small hole after it.
+    return min(status.st_size, status.st_blocks * 512 * (1 + SMALL_HOLE // PAGE)) + PAGE
+
+
+def _save_wanted(
+    file: Wanted,
+    limit: int,
+    container: _Container,
+    found: dict[str, SavedFile],
+    inodes: dict[tuple[int, int], str],
+) -> None:
+    fd, status = _open_wanted(file)
+    if fd < 0:
+        found[file.path] = _entry(file.path, status, extents=None)
+        return
+    try:
+        if _only_cut(file, status, limit):
+            found[file.path] = _entry(file.path, status, extents=None, fd=fd)
+            return
+        _save_content(file.path, fd, status, container, found, inodes)
+        if os.pread(fd, len(_SQLITE), 0) == _SQLITE:
+            for suffix in _SQLITE_COMPANIONS:
+                _save_companion(file.path + suffix, limit, container, found, inodes)
+    finally:
+        os.close(fd)
+
+
+def _save_companion(
+    path: str, limit: int, container: _Container, found: dict[str, SavedFile], inodes: dict[tuple[int, int], str]
+) -> None:
+    if path in found:
+        return
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        found[path] = SavedFile(os.fsencode(path), 0)
+        return
+    if stat.S_ISREG(status.st_mode):
+        _save_entry(path, status, limit, container, found, inodes)
+
+
+def _save_content(
+    path: str,
+    fd: int,
+    status: os.stat_result,
+    container: _Container,
+    found: dict[str, SavedFile],
+    inodes: dict[tuple[int, int], str],
+) -> None:
+    same = inodes.get((status.st_dev, status.st_ino))
+    if same is not None:
+        found[path] = _entry(path, status, fd=fd, same=os.fsencode(same))
+        return
+    found[path] = _entry(path, status, extents=container.add(fd, status.st_size, path), fd=fd)
+    if status.st_nlink > 1:
+        inodes[status.st_dev, status.st_ino] = path
+
+
+def _save_entry(
+    path: str,
+    status: os.stat_result,
+    limit: int,
+    container: _Container,
+    found: dict[str, SavedFile],
+    inodes: dict[tuple[int, int], str],
+) -> None:
+    """A name in a tree. Devices and sockets are left out: the first a user cannot make, the second are CRIU's."""
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFREG:
+        _check_size(path, status, limit)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise UnsupportedError(
+                f"{path} cannot be saved: {error.strerror}", hint="take it out of the directories of --files"
+            ) from None
+        try:
+            _save_content(path, fd, os.fstat(fd), container, found, inodes)
+        finally:
+            os.close(fd)
+    elif kind == stat.S_IFLNK:
+        found[path] = _entry(path, status, target=os.fsencode(os.readlink(path)))
+    elif kind in (stat.S_IFDIR, stat.S_IFIFO):
+        found[path] = _entry(path, status)
+
+
+def _entry(
+    path: str,
+    status: os.stat_result,
+    *,
+    extents: tuple[Extent, ...] | None = (),
+    fd: int = -1,
+    target: bytes = b"",
+    same: bytes = b"",
+) -> SavedFile:
+    kind = stat.S_IFMT(status.st_mode)
+    return SavedFile(
+        path=os.fsencode(path),
+        mode=status.st_mode,
+        size=status.st_size if kind == stat.S_IFREG else 0,
+        uid=status.st_uid,
+        gid=status.st_gid,
+        mtime=status.st_mtime_ns,
+        extents=extents,
+        target=target,
+        same=same,
+        xattrs=_attributes(fd if fd >= 0 else path) if kind in (stat.S_IFREG, stat.S_IFDIR) else {},
+    )
+
+
+def _attributes(where: int | str) -> dict[str, bytes]:
+    found = {}
+    try:
+        for name in os.listxattr(where):
+            if name.startswith(_ATTRIBUTES):
+                found[name] = os.getxattr(where, name)
+    except OSError:
+        return {}  # a file system without them
+    return found
+
+
+def _trees(request: Request) -> Iterator[tuple[str, os.stat_result]]:
+    """Everything in the trees, directories before what is in them; nothing excluded, no other file systems."""
+    excluded = set(request.excluded)
+
+    def fail(error: OSError) -> None:
+        if error.errno not in _NOT_THERE:
+            raise UnsupportedError(
+                f"{error.filename} cannot be saved: {error.strerror}", hint="take it out of the directories of --files"
+            ) from None
+
+    def left_out(path: str) -> bool:
+        return path in excluded or path.endswith(TEMPORARY)
+
+    for tree in request.trees:
+        yield from walk(tree, left_out, fail)
+
+
+def walk(
+    top: str, excluded: Callable[[str], bool], fail: Callable[[OSError], None]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Every name in `top`, it included, with its status; what is excluded, or mounted there, is passed over."""
+    try:
+        status = os.stat(top, follow_symlinks=False)
+    except OSError as error:
+        fail(error)
+        return
+    yield top, status
+    if not stat.S_ISDIR(status.st_mode):
+        return
+    waiting = [top]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            with os.scandir(directory) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            fail(error)
+            continue
+        for name in names:
+            path = os.path.join(directory, name)
+            if excluded(path):
+                continue
+            try:
+                found = os.stat(path, follow_symlinks=False)
+            except OSError as error:
+                fail(error)
+                continue
+            if found.st_dev != status.st_dev:
+                continue
+            yield path, found
+            if stat.S_ISDIR(found.st_mode):
+                waiting.append(path)

@@ -1,0 +1,387 @@
+"""Saving files and putting them back, as helpers of capsule init do it, without any task."""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpccr.errors import CorruptError, HpccrError, UnsupportedError
+from hpccr.model import SavedFiles
+from hpccr.noded import rollback, snapshot
+
+LIMIT = 1 << 30
+
+
+def wanted(path: Path, *, append: bool = False) -> snapshot.Wanted:
+    status = path.stat()
+    return snapshot.Wanted(str(path), status.st_dev, status.st_ino, append)
+
+
+class Saved:
+    """A checkpoint's files."""
+
+    def __init__(self, *files: snapshot.Wanted, trees: tuple[Path, ...] = (), excluded: tuple[Path, ...] = (),
+                 limit: int = LIMIT) -> None:  # fmt: skip
+        self.list, self.data = (os.memfd_create(name) for name in ("list", "data"))
+        request = snapshot.Request(files, [str(tree) for tree in trees], [str(path) for path in excluded], limit)
+        room = snapshot.measure(request)
+        self.count = snapshot.save(request, self.list, self.data)
+        assert os.fstat(self.data).st_blocks * 512 <= room
+        os.lseek(self.list, 0, os.SEEK_SET)
+
+    @property
+    def names(self) -> dict[str, bool]:
+        """Which are saved with their content."""
+        text = os.pread(self.list, 1 << 24, 0)
+        return {os.fsdecode(f.path): f.extents is not None for f in msgspec.msgpack.decode(text, type=SavedFiles).files}
+
+    def back(self) -> int:
+        return rollback.roll_back(self.list, self.data)
+
+
+def contents(top: Path) -> dict[str, object]:
+    """All that is in a directory, with what a program can see of it."""
+    found: dict[str, object] = {}
+    for path in sorted(top.rglob("*")):
+        status = path.lstat()
+        what: object = None
+        if stat.S_ISREG(status.st_mode):
+            what = (path.read_bytes(), status.st_mtime_ns, status.st_nlink)
+        elif path.is_symlink():
+            what = os.readlink(path)
+        found[str(path)] = (status.st_mode, what)
+    return found
+
+
+@contextmanager
+def changed(top: Path, expected: int | None = None, **options: object) -> Iterator[None]:
+    """What the block does to the files of `top` is undone by a rollback; a second one changes nothing."""
+    saved = Saved(*(wanted(p) for p in sorted(top.rglob("*")) if p.is_file() and not p.is_symlink()), **options)  # type: ignore[arg-type]
+    before = contents(top)
+    yield
+    count = saved.back()
+    assert contents(top) == before
+    assert expected is None or count == expected
+    assert saved.back() == 0 and contents(top) == before
+
+
+def test_rewritten_truncated_replaced_removed_grown(tmp_path: Path) -> None:
+    names = ("rewritten", "truncated", "replaced", "removed", "grown", "mode", "same", "directory")
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 100_000)
+    (tmp_path / "empty").touch()
+    with changed(tmp_path, 8):
+        with (tmp_path / "rewritten").open("r+b") as file:
+            file.seek(300_000)
+            file.write(b"x")
+        os.truncate(tmp_path / "truncated", 5)
+        (tmp_path / "temporary").write_bytes(b"new")
+        (tmp_path / "temporary").rename(tmp_path / "replaced")
+        (tmp_path / "removed").unlink()
+        with (tmp_path / "grown").open("ab") as file:
+            file.write(b"more")
+        (tmp_path / "empty").write_bytes(b"not any more")
+        (tmp_path / "directory").unlink()
+        (tmp_path / "directory").mkdir()
+        (tmp_path / "directory" / "in it").touch()
+        os.chmod(tmp_path / "mode", 0o000)
+
+
+def test_a_file_that_only_grew_is_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before|")
+    saved = Saved(wanted(path, append=True))
+    inode = path.stat().st_ino
+    with path.open("a") as file:
+        file.write("after")
+    assert saved.back() == 1
+    assert path.read_text() == "before|" and path.stat().st_ino == inode
+
+
+def test_a_removed_directory_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    path.parent.mkdir(parents=True)
+    path.write_text("text")
+    saved = Saved(wanted(path))
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.parent.rmdir()
+    saved.back()
+    assert path.read_text() == "text"
+
+
+def test_sparse_files_stay_sparse(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 36)
+        file.seek(1 << 35)
+        file.write(b"middle")
+    saved = Saved(wanted(path))
+    assert os.fstat(saved.data).st_blocks * 512 < 1 << 20
+    with path.open("r+b") as file:
+        file.seek(1 << 34)
+        file.write(b"where there was nothing")
+    assert saved.back() == 1
+    assert path.stat().st_size == 1 << 36 and path.stat().st_blocks * 512 < 1 << 20
+    with path.open("rb") as file:
+        file.seek(1 << 34)
+        assert not any(file.read(64))
+        file.seek(1 << 35)
+        assert file.read(7) == b"middle\0"
+    assert saved.back() == 0
+
+
+def test_one_file_of_two_names_stays_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("shared")
+    two.hardlink_to(one)
+    with changed(tmp_path):
+        one.write_text("written through")
+    assert one.samefile(two)
+    with changed(tmp_path):
+        two.unlink()
+        two.write_text("another")
+    assert one.samefile(two)
+
+
+def test_attributes_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("text")
+    os.utime(path, ns=(10**18 + 1, 10**18 + 2))
+    try:
+        os.setxattr(path, "user.hpccr", b"\0value")
+        xattrs = True
+    except OSError:
+        xattrs = False
+    path.chmod(0o751)
+    with changed(tmp_path):
+        path.unlink()
+        path.write_text("new")
+    assert not xattrs or os.getxattr(path, "user.hpccr") == b"\0value"
+
+
+def test_a_file_above_the_limit_is_named_and_a_log_above_it_is_only_cut(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678" * 1024)
+    with pytest.raises(UnsupportedError, match=f"{path} has 8192 bytes, and files up to 4096 bytes"):
+        Saved(wanted(path), limit=4096)
+    with pytest.raises(UnsupportedError, match=str(path)):
+        Saved(trees=(tmp_path,), limit=4096)
+    saved = Saved(wanted(path, append=True), limit=4096)
+    assert saved.names == {str(path): False}
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert saved.back() == 1 and path.stat().st_size == 8192
+    os.truncate(path, 5)
+    with pytest.raises(HpccrError, match=f"{path} has 5 bytes and had 8192"):
+        saved.back()
+    path.unlink()
+    with pytest.raises(HpccrError, match=f"{path} open for appending and it is not there"):
+        saved.back()
+
+
+def test_another_file_at_the_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("text")
+    known = wanted(path)
+    path.rename(tmp_path / "other")
+    path.write_text("text")
+    with pytest.raises(UnsupportedError, match=f"another file open .* at {path}"):
+        Saved(known)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_where_no_file_can_be_made_it_is_written_in_place(tmp_path: Path) -> None:
+    directory = tmp_path / "closed"
+    directory.mkdir()
+    path = directory / "file"
+    path.write_bytes(b"old" * 100_000)
+    directory.chmod(0o500)
+    try:
+        saved = Saved(wanted(path))
+        inode = path.stat().st_ino
+        path.write_bytes(b"new" * 200_000)
+        assert saved.back() == 1
+        assert path.read_bytes() == b"old" * 100_000 and path.stat().st_ino == inode
+    finally:
+        directory.chmod(0o700)
+
+
+def test_a_rollback_that_fails_has_changed_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in (one, two):
+        path.write_bytes(os.urandom(1 << 20))
+    saved = Saved(wanted(one), wanted(two))
+    before = contents(tmp_path)
+    for path in (one, two):
+        path.write_bytes(b"new")
+    between = contents(tmp_path)
+    short = os.memfd_create("short")
+    os.write(short, os.pread(saved.data, 3 << 19, 0))  # without the end of the second file
+    with pytest.raises(CorruptError, match="too short"):
+        rollback.roll_back(saved.list, short)
+    assert contents(tmp_path) == between
+    saved.back()
+    assert contents(tmp_path) == before
+
+
+def test_what_a_killed_rollback_left_is_used_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    saved = Saved(wanted(path))
+    before = contents(tmp_path)
+    path.write_text("new!")
+    (tmp_path / f".file{snapshot.TEMPORARY}").write_text("half of i")
+    saved.back()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_sqlite_does_not_take_later_journals_for_a_crash(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "data.db"
+    with sqlite3.connect(path) as database:
+        database.execute(f"pragma journal_mode={mode}")
+        database.execute("create table numbers (n)")
+        database.execute("insert into numbers values (1)")
+    database.close()
+    saved = Saved(wanted(path))
+    assert [name for name in saved.names if name.endswith("-journal")]
+    # A process that is killed in the middle of a transaction leaves its journal, and half of the pages.
+    pid = os.fork()
+    if pid == 0:
+        database = sqlite3.connect(path, isolation_level=None)
+        database.execute("pragma cache_size=1")
+        database.execute("begin")
+        for number in range(20_000):
+            database.execute("insert into numbers values (?)", (number,))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert any((tmp_path / f"data.db-{kind}").exists() for kind in ("journal", "wal"))
+    saved.back()
+    assert [found.name for found in tmp_path.iterdir()] == ["data.db"]
+    with sqlite3.connect(path) as database:
+        assert database.execute("select n from numbers").fetchall() == [(1,)]
+    database.close()
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
+    tree, out, store = tmp_path / "tree", tmp_path / "tree" / "out.txt", tmp_path / "tree" / "sub" / ".hpccr"
+    (tree / "sub" / "empty").mkdir(parents=True)
+    (tree / "sub" / "file").write_text("text")
+    (tree / "link").symlink_to("sub/file")
+    os.mkfifo(tree / "fifo", 0o620)
+    (tree / os.fsdecode(b"\xff not text")).write_bytes(b"\xff")
+    (tree / "locked").mkdir(mode=0o500)
+    saved = Saved(trees=(tree,), excluded=(out, store))
+    before = contents(tree)
+    out.write_text("the job's output, which hpccr cuts by itself")
+    store.mkdir()
+    (store / "checkpoint").touch()
+    (tree / "new").mkdir()
+    (tree / "new" / "file").touch()
+    (tree / "sub" / "later").touch()
+    (tree / "sub" / "empty").rmdir()
+    (tree / "sub" / "empty").write_text("a file now")
+    (tree / "link").unlink()
+    (tree / "link").symlink_to("elsewhere")
+    (tree / "fifo").unlink()
+    (tree / "sub" / "file").unlink()
+    (tree / "locked").rmdir()
+    saved.back()
+    after = contents(tree)
+    assert after.pop(str(out)) and after.pop(str(store)) and after.pop(str(store / "checkpoint"))
+    assert after == before
+    assert saved.back() == 0
+
+
+def test_a_tree_that_is_gone_comes_back(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub" / "file").write_text("text")
+    with changed(tmp_path, trees=(tree,)):
+        (tree / "sub" / "file").unlink()
+        (tree / "sub").rmdir()
+        tree.rmdir()
+
+
+# --- any history ------------------------------------------------------------------------------------------------------
+
+OPERATIONS = ("write", "append", "truncate", "recreate", "replace", "remove", "link", "chmod", "punch")
+
+
+def operate(top: Path, operation: str, name: str, dice: random.Random) -> None:
+    path = top / name
+    data = dice.randbytes(dice.choice((1, 100, 5000, 70_000, 300_000)))
+    if operation != "chmod" and path.exists():
+        path.chmod(0o644)
+    if operation == "remove":
+        path.unlink(missing_ok=True)
+    elif operation == "replace":
+        (top / "temporary").write_bytes(data)
+        (top / "temporary").rename(path)
+    elif operation == "recreate" or not path.exists():
+        path.write_bytes(data)
+    elif operation == "link":
+        other = top / f"{name}-link"
+        other.unlink(missing_ok=True)
+        other.hardlink_to(path)
+    elif operation == "append":
+        with path.open("ab") as file:
+            file.write(data)
+    elif operation == "truncate":
+        os.truncate(path, dice.randrange(1 << 19))
+    elif operation == "chmod":
+        path.chmod(dice.choice((0o600, 0o640, 0o444, 0o755)))
+    else:
+        with path.open("r+b") as file:
+            file.seek(dice.randrange(1 << (22 if operation == "punch" else 19)))
+            file.write(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(OPERATIONS), st.sampled_from("abc")), max_size=12),
+    st.lists(st.tuples(st.sampled_from(OPERATIONS), st.sampled_from("abcd")), max_size=12),
+    st.integers(0, 1 << 32),
+    st.booleans(),
+)
+def test_whatever_happened_files_come_back(
+    first: list[tuple[str, str]], then: list[tuple[str, str]], seed: int, tree: bool
+) -> None:
+    dice = random.Random(seed)
+    with tempfile.TemporaryDirectory() as directory:
+        top = Path(directory) / "tree"
+        top.mkdir()
+        for operation, name in first:
+            operate(top, operation, name, dice)
+        files = [path for path in sorted(top.iterdir()) if path.is_file()]
+        before = contents(top)
+        saved = Saved(*map(wanted, files), trees=(top,) if tree else ())
+        for operation, name in then:
+            operate(top, operation, name, dice)
+        saved.back()
+        after = contents(top)
+        if not tree:
+            after = {name: what for name, what in after.items() if name in before}
+        assert without_links(after, tree) == without_links(before, tree)
+
+
+def without_links(found: dict[str, object], tree: bool) -> dict[str, object]:
+    """Without the tree nobody removes a name that a file has got since."""
+    if tree:
+        return found
+    return {name: what[1][0] if what[1] else None for name, what in found.items()}  # type: ignore[index]
