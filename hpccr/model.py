@@ -75,7 +75,8 @@ class SavedFile(msgspec.Struct, frozen=True):
     path: absolute, as the capsule sees it, in the file system's own bytes. mode: st_mode; 0: there was nothing at that
     name. mtime: nanoseconds. extents: the content, what lies between them is zeros; None: the content was not saved,
     and the file is only cut back to its size. target: of a symbolic link. same: the path of an entry before this one
-    that is the same file (a hard link).
+    that is the same file (a hard link). keep: programs know it by its inode, so as long as there is a file at the name
+    it is written in place and not replaced.
     """
 
     path: bytes
@@ -87,6 +88,7 @@ class SavedFile(msgspec.Struct, frozen=True):
     extents: tuple[Extent, ...] | None = ()
     target: bytes = b""
     same: bytes = b""
+    keep: bool = False
     xattrs: dict[str, bytes] = {}
 
 

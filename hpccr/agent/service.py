@@ -138,8 +138,8 @@ class Agent:
     async def _from_node(self, lease: Lease) -> None:
         while (message := await lease.receive()) is not None:
             match message:
-                case m.Frozen(files=files):
-                    await self._frozen(files)
+                case m.Frozen():
+                    await self._frozen()
                 case m.Exited():
                     if self._pipes:
                         self._pipes.drain()
@@ -151,12 +151,12 @@ class Agent:
                     await self._channel.send(message)
         raise PeerLostError(f"hpccrd on {self._node} has ended the lease", hint=f"see hpccrd's log on {self._node}")
 
-    async def _frozen(self, files: tuple[bytes, ...]) -> None:
+    async def _frozen(self) -> None:
         consumed = 0
         if self._pipes:
             self._pipes.drain()
             consumed = self._pipes.stdin_consumed()
-        await self._channel.send(m.Frozen(consumed, files))
+        await self._channel.send(m.Frozen(consumed))
 
 
 async def heartbeat(send: Callable[[m.Message], Coroutine[Any, Any, None]]) -> None:

@@ -1,7 +1,7 @@
 """The protocols of a step as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
-Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: prepare, freeze, dump,
-release, flush.
+Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: prepare, freeze, survey,
+dump, release, flush.
 Each phase sends one request to every capsule and ends when every capsule has answered; the barrier between two
 phases is what makes a checkpoint all or nothing. No capsule is released before every capsule is dumped: a message
 sent by a released capsule to one not yet dumped would be received twice.
@@ -29,6 +29,7 @@ class Phase(enum.StrEnum):
     RUNNING = "running"
     PREPARING = "preparing"
     FREEZING = "freezing"
+    SURVEYING = "surveying"
     DUMPING = "dumping"
     RELEASING = "releasing"
     ABORTING = "aborting"
@@ -48,8 +49,15 @@ BOOT = (
     Phase.RESUMING,
     Phase.UNHOLDING,
 )
-CHECKPOINT = (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING, Phase.RELEASING, Phase.ABORTING)
-ABORTABLE = (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING)
+CHECKPOINT = (
+    Phase.PREPARING,
+    Phase.FREEZING,
+    Phase.SURVEYING,
+    Phase.DUMPING,
+    Phase.RELEASING,
+    Phase.ABORTING,
+)
+ABORTABLE = (Phase.PREPARING, Phase.FREEZING, Phase.SURVEYING, Phase.DUMPING)
 
 _EXPECTED: dict[Phase, type[m.Message]] = {
     Phase.CREATING: m.Created,
@@ -62,6 +70,7 @@ _EXPECTED: dict[Phase, type[m.Message]] = {
     Phase.UNHOLDING: m.Unheld,
     Phase.PREPARING: m.Prepared,
     Phase.FREEZING: m.Frozen,
+    Phase.SURVEYING: m.Surveyed,
     Phase.DUMPING: m.Dumped,
     Phase.RELEASING: m.Released,
     Phase.ABORTING: m.Aborted,
@@ -183,6 +192,13 @@ class AllFrozen:
 
 
 @dataclass(frozen=True)
+class AllSurveyed:
+    """The files of all capsules are known: decide who saves those that several have."""
+
+    replies: tuple[tuple[int, m.Message], ...]
+
+
+@dataclass(frozen=True)
 class CheckpointReleased:
     """The checkpoint is in the spools of all nodes and the job goes on (or is killed): publish the manifest, then
     flush every capsule."""
@@ -241,6 +257,7 @@ Action = (
     Request
     | Running
     | AllFrozen
+    | AllSurveyed
     | CheckpointReleased
     | CheckpointFailed
     | Durable
@@ -329,8 +346,12 @@ def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
         case Phase.PREPARING:
             return _enter(state, Phase.FREEZING)
         case Phase.FREEZING:
-            state, actions = _enter(state, Phase.DUMPING)
+            # What files capsules have in common can be seen only when nobody writes to them any more.
+            state, actions = _enter(state, Phase.SURVEYING if state.capsules > 1 else Phase.DUMPING)
             return state, (AllFrozen(replies), *actions)
+        case Phase.SURVEYING:
+            state, actions = _enter(state, Phase.DUMPING)
+            return state, (AllSurveyed(replies), *actions)
         case Phase.DUMPING:
             dumped = tuple(reply for _, reply in replies if isinstance(reply, m.Dumped))
             return _enter(dataclasses.replace(state, dumped=dumped), Phase.RELEASING)

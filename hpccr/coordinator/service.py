@@ -163,6 +163,8 @@ class Boot:
                 self._running(restored)
             case plan.AllFrozen(replies):
                 self._frozen(replies)
+            case plan.AllSurveyed(replies):
+                self._elsewhere = saved_elsewhere({k: r.files for k, r in replies if isinstance(r, m.Surveyed)})
             case plan.CheckpointReleased(attempt, replies):
                 self._spawn(self._publish(attempt, replies))
             case plan.CheckpointFailed(attempt, failure):
@@ -193,7 +195,7 @@ class Boot:
                 return limits.restore_timeout
             case Phase.PREPARING:
                 return limits.prepare_timeout
-            case Phase.FREEZING:
+            case Phase.FREEZING | Phase.SURVEYING:
                 return limits.freeze_timeout
             case Phase.DUMPING:
                 return limits.dump_timeout
@@ -246,6 +248,8 @@ class Boot:
                 return m.Prepare(attempt.sequence, attempt.checkpoint, self._files)
             case Phase.FREEZING:
                 return m.Freeze()
+            case Phase.SURVEYING:
+                return m.Survey()
             case Phase.DUMPING:
                 return m.Dump(self._elsewhere.get(capsule, ()))
             case Phase.RELEASING:
@@ -273,7 +277,6 @@ class Boot:
         consumed = next((r.stdin_consumed for k, r in replies if k == 0 and isinstance(r, m.Frozen)), 0)
         # The marks are queued now, before any byte that the job writes after its release.
         self._positions = self._loop.create_task(self._streams.positions(consumed))
-        self._elsewhere = saved_elsewhere({k: r.files for k, r in replies if isinstance(r, m.Frozen)})
 
     def _checkpoint_failed(self, attempt: plan.Attempt, failure: m.Failed) -> None:
         self.failed += 1

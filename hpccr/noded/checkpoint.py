@@ -21,7 +21,7 @@ from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
 from hpccr.noded.private import Saving
-from hpccr.wire.messages import Frozen, Prepared, Released
+from hpccr.wire.messages import Frozen, Prepared, Released, Surveyed
 
 ABORT_SECONDS = 600.0
 """How long CRIU may take to come to its next barrier after an abort; then it is killed and its damage repaired."""
@@ -91,11 +91,15 @@ class Checkpoint:
         scan.check_whole(self._scanned, self._capsule.identity.uid)
         services.check(self._scanned)
         await services.cut(self._scanned)
-        return Frozen(files=await self._files.stand(self._scanned))
+        await self._files.write_out(self._scanned)
+        return Frozen()
+
+    async def survey(self) -> Surveyed:
+        """What there is to save of files that other capsules may have too, now that they all stand still."""
+        return Surveyed(await self._files.survey(self._scanned))
 
     async def dump(self, elsewhere: tuple[bytes, ...]) -> InitDumped:
         """Write everything into the spool directory: CRIU's images, private directories, the job's files."""
-        await self._files.refresh()
         self._files.start(frozenset(elsewhere))
         self._saving = Saving(self._capsule.reaper, self._capsule.places, self._directory)
         self._saving.start()

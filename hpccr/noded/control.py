@@ -11,7 +11,7 @@ that comes when Release has been sent: a release is past giving up. A restore th
 and the capsule is of no use any more. Descriptors are init's own copies: hpccrd may close its own at once.
 
 Build -> Built, Network -> NetworkReady, Launch -> Started, InitPrepare -> Prepared, Freeze -> Frozen,
-Dump -> InitDumped, Release -> Released, Abort -> Aborted, InitRollBack -> RolledBack,
+Survey -> Surveyed, Dump -> InitDumped, Release -> Released, Abort -> Aborted, InitRollBack -> RolledBack,
 InitRestore -> Restored, Resume -> Resumed, Unhold -> Unheld.
 """
 
@@ -36,6 +36,8 @@ from hpccr.wire.messages import (
     RolledBack,
     Signal,
     Started,
+    Survey,
+    Surveyed,
     Unheld,
     Unhold,
 )
@@ -187,6 +189,7 @@ InitRequest = (
     | Signal
     | InitPrepare
     | Freeze
+    | Survey
     | Dump
     | Release
     | Abort
@@ -201,6 +204,7 @@ InitReply = (
     | Started
     | Prepared
     | Frozen
+    | Surveyed
     | InitDumped
     | Released
     | Aborted

@@ -53,6 +53,7 @@ from hpccr.wire.messages import (
     RolledBack,
     Signal,
     Started,
+    Survey,
     Unheld,
     Unhold,
 )
@@ -173,6 +174,7 @@ class Init:
             Launch: self._launch,
             InitPrepare: self._prepare,
             Freeze: self._freeze,
+            Survey: self._survey,
             Dump: self._dump,
             Release: self._release,
             InitRollBack: self._roll_back,
@@ -237,6 +239,9 @@ class Init:
 
     async def _freeze(self, request: Freeze, fds: list[int]) -> Message:
         return await self._under_way().freeze()
+
+    async def _survey(self, request: Survey, fds: list[int]) -> Message:
+        return await self._under_way().survey()
 
     async def _dump(self, request: Dump, fds: list[int]) -> Message:
         return await self._under_way().dump(request.elsewhere)

@@ -22,7 +22,7 @@ _NETWORK_TYPES = frozenset(
 
 
 class Saving:
-    """One checkpoint's. Steps in this order: measure, stand, start, finish; or cancel at any time."""
+    """One checkpoint's. Steps in this order: measure, write_out, survey, start, finish; or cancel at any time."""
 
     def __init__(self, home: Capsule, rules: FileRules, directory: int) -> None:
         """directory: the spool directory of the checkpoint; the caller's."""
@@ -49,16 +49,23 @@ class Saving:
             return 0
         return int(await self._work(lambda: snapshot.measure(request)))
 
-    async def stand(self, tree: scan.Tree) -> tuple[bytes, ...]:
-        """All tasks are stopped: note what there is to save. Gives the identities of what other capsules may have
-        too, all of it written out to where they can see it."""
+    async def write_out(self, tree: scan.Tree) -> None:
+        """All tasks of this capsule are stopped: note what there is to save, and bring what was written here to where
+        the other nodes see it."""
         # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
         self._files = scan.open_files(tree, self._capsule.places)
         self._identities = {}
-        if self._capsule.network is None or len(self._capsule.network.peers) < 2:
+        if self._shares and (remote := self._remote()):
+            await self._work(lambda: snapshot.refresh(remote, write_out=True))
+
+    async def survey(self, tree: scan.Tree) -> tuple[bytes, ...]:
+        """All capsules stand still: identities of what others may have too."""
+        if not self._shares:
             return ()
         if remote := self._remote():
-            await self._work(lambda: snapshot.refresh(remote, write_out=True))
+            await self._work(lambda: snapshot.refresh(remote, write_out=False))
+        # Again: others may have written to them after this capsule stood still.
+        self._files = scan.open_files(tree, self._capsule.places)
         if self._trees:
             found = await self._work(lambda: [_tree_identity(tree) for tree in self._trees])
             self._identities.update({tree: known for tree, known in zip(self._trees, found, strict=True) if known})
@@ -69,10 +76,9 @@ class Saving:
                 self._identities[file.path] = file.identity
         return tuple(self._identities.values())
 
-    async def refresh(self) -> None:
-        """All capsules stand: what the others have written last is seen here, by CRIU too."""
-        if self._identities and (remote := self._remote()):
-            await self._work(lambda: snapshot.refresh(remote, write_out=False))
+    @property
+    def _shares(self) -> bool:
+        return self._capsule.network is not None and len(self._capsule.network.peers) > 1
 
     def start(self, elsewhere: frozenset[bytes]) -> None:
         """Begin to save, but for what other capsules save."""

@@ -121,6 +121,9 @@ class Lease:
             case m.Freeze():
                 timeout = self._node.config.checkpoint.freeze_timeout + MARGIN
                 return await self._checkpointing(request, m.Frozen, timeout)
+            case m.Survey():
+                timeout = self._node.config.checkpoint.freeze_timeout + MARGIN
+                return await self._checkpointing(request, m.Surveyed, timeout)
             case m.Dump():
                 return await self._do_dump(request)
             case m.Release():

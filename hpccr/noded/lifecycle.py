@@ -40,6 +40,7 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
     m.Unhold: (frozenset({State.RESUMED}), State.RUNNING),
     m.Prepare: (frozenset({State.RUNNING}), State.PREPARED),
     m.Freeze: (frozenset({State.PREPARED}), State.FROZEN),
+    m.Survey: (frozenset({State.FROZEN}), None),
     m.Dump: (frozenset({State.FROZEN}), State.DUMPED),
     m.Release: (frozenset({State.DUMPED}), State.RUNNING),
     m.Flush: (frozenset({State.RUNNING, State.PREPARED, State.FROZEN, State.DUMPED, State.ENDED}), None),
@@ -48,7 +49,7 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
 FATAL = (m.Create, m.Connect, m.Start, m.Fetch, m.RollBack, m.Restore)
 """Requests after whose failure the capsule is gone: a half made one is of no use."""
 
-CHECKPOINT = (m.Prepare, m.Freeze, m.Dump, m.Release)
+CHECKPOINT = (m.Prepare, m.Freeze, m.Survey, m.Dump, m.Release)
 """Requests whose failure gives the checkpoint up and leaves the job running."""
 
 

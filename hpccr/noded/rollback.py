@@ -3,7 +3,8 @@
 Two stages. First everything that differs is written beside its place under a temporary name, and nothing else is
 touched: if that fails the files are as they were found. Then names are exchanged. A crash in between leaves each file
 in its old or in its new state, and the next rollback finishes the work. Only what cannot be replaced is written in
-place: a file with several names, of another owner, or in a directory where the user cannot make files.
+place: a file with several names, of another owner, in a directory where the user cannot make files, or one that
+programs know by its inode (SQLite). There, too, the next rollback finishes the work.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class _Rollback:
         self._then.append(lambda: self._set_attributes(file))
 
     def _replaceable(self, status: os.stat_result, file: SavedFile) -> bool:
-        return status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
+        return not file.keep and status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
 
     def _beside(self, path: str) -> str:
         """A temporary name in the same directory, free to use; the same after a crash, so that nothing piles up."""

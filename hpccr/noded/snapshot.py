@@ -57,9 +57,16 @@ class Request:
 
 
 def measure(request: Request) -> int:
-    """Bytes that save() may write, by the sizes as they are now. Raises what save() would."""
+    """Bytes that save() may write, by the sizes as they are now. Raises what save() would, but for what may be a
+    matter of the moment: the tasks run."""
     total = 0
     for file in request.files:
+        try:
+            now = os.stat(file.path, follow_symlinks=False)
+        except OSError:
+            continue
+        if (now.st_dev, now.st_ino) != (file.device, file.inode):
+            continue
         fd, status = _open_wanted(file)
         if fd >= 0:
             os.close(fd)
@@ -216,7 +223,7 @@ def _check_size(path: str, status: os.stat_result, limit: int) -> None:
 
 
 def _check_readable(path: str) -> None:
-    if not os.access(path, os.R_OK):
+    if os.path.exists(path) and not os.access(path, os.R_OK):
         raise UnsupportedError(
             f"{path} cannot be saved: the user cannot read it", hint="take it out of the directories of --files"
         )
@@ -244,6 +251,8 @@ def _save_wanted(
             return
         _save_content(file.path, fd, status, container, found, inodes)
         if os.pread(fd, len(_SQLITE), 0) == _SQLITE:
+            # It writes no more to a database whose name leads to another inode (SQLITE_READONLY_DBMOVED).
+            found[file.path] = msgspec.structs.replace(found[file.path], keep=True)
             for suffix in _SQLITE_COMPANIONS:
                 _save_companion(file.path + suffix, limit, container, found, inodes)
     finally:

@@ -97,10 +97,17 @@ class Freeze(Message, frozen=True):
     """Stop all tasks and hold the network. Reply: Frozen."""
 
 
+class Survey(Message, frozen=True):
+    """Every task of the job stands still: say which files there are to save. Reply: Surveyed.
+
+    Not needed where there is one capsule only.
+    """
+
+
 class Dump(Message, frozen=True):
     """Write the images to the spool. Reply: Dumped.
 
-    elsewhere: of Frozen.files, those that another capsule saves.
+    elsewhere: of Surveyed.files, those that another capsule saves.
     """
 
     elsewhere: tuple[bytes, ...] = ()
@@ -195,14 +202,16 @@ class Prepared(Message, frozen=True):
 
 class Frozen(Message, frozen=True):
     """All tasks are stopped. On its way to the coordinator the agent drains stdout and stderr first (Output comes
-    before) and fills in stdin_consumed: bytes of Input that the job has read since this start or restore.
-
-    files: identities (16 bytes each) of the files and trees that are about to be saved. Equal ones of two capsules are
-    one file on shared storage.
-    """
+    before) and fills in stdin_consumed: bytes of Input that the job has read since this start or restore."""
 
     stdin_consumed: int = 0
-    files: tuple[bytes, ...] = ()
+
+
+class Surveyed(Message, frozen=True):
+    """files: identities (16 bytes each) of the files and trees that are about to be saved. Equal ones of two capsules
+    are one file on shared storage."""
+
+    files: tuple[bytes, ...]
 
 
 class Dumped(Message, frozen=True):
@@ -424,6 +433,7 @@ NodeRequest = (
     | Signal
     | Prepare
     | Freeze
+    | Survey
     | Dump
     | Release
     | Abort
@@ -444,6 +454,7 @@ NodeReply = (
     | Started
     | Prepared
     | Frozen
+    | Surveyed
     | Dumped
     | Released
     | Aborted

@@ -268,8 +268,9 @@ def test_sqlite_does_not_take_later_journals_for_a_crash(tmp_path: Path, mode: s
         os._exit(0)
     os.waitpid(pid, 0)
     assert any((tmp_path / f"data.db-{kind}").exists() for kind in ("journal", "wal"))
+    inode = path.stat().st_ino
     saved.back()
-    assert [found.name for found in tmp_path.iterdir()] == ["data.db"]
+    assert [found.name for found in tmp_path.iterdir()] == ["data.db"] and path.stat().st_ino == inode
     with sqlite3.connect(path) as database:
         assert database.execute("select n from numbers").fetchall() == [(1,)]
     database.close()

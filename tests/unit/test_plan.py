@@ -31,6 +31,7 @@ ANSWERS = {
     Phase.UNHOLDING: lambda k: m.Unheld(),
     Phase.PREPARING: lambda k: m.Prepared(100),
     Phase.FREEZING: lambda k: m.Frozen(3),
+    Phase.SURVEYING: lambda k: m.Surveyed((bytes(16),)),
     Phase.DUMPING: lambda k: m.Dumped(50),
     Phase.RELEASING: lambda k: m.Released(0.5),
     Phase.ABORTING: lambda k: m.Aborted(),
@@ -90,7 +91,8 @@ def test_restore_goes_through_its_phases_and_reports_what_was_restored() -> None
 @given(st.integers(1, 5), st.randoms())
 def test_no_phase_ends_before_every_capsule_has_answered(capsules: int, random) -> None:  # type: ignore[no-untyped-def]
     machine = Machine(capsules).to(Phase.PREPARING)
-    for phase in (Phase.PREPARING, Phase.FREEZING, Phase.DUMPING, Phase.RELEASING):
+    surveying = [Phase.SURVEYING] if capsules > 1 else []
+    for phase in (Phase.PREPARING, Phase.FREEZING, *surveying, Phase.DUMPING, Phase.RELEASING):
         assert machine.state.phase is phase
         order = list(range(capsules))
         random.shuffle(order)
@@ -173,7 +175,7 @@ def test_the_final_checkpoint_overtakes_a_flush_and_both_become_durable() -> Non
     machine.answer_all()
     machine.feed(plan.Reply(0, m.Flushed(7, 1, 1.0)))
     machine.feed(plan.Ask(plan.Attempt(8, "1" * 32, kill=True)))
-    for _ in range(4):
+    for _ in range(5):
         machine.answer_all()
     assert machine.state.phase is Phase.KILLED
     machine.feed(plan.Reply(0, m.Flushed(8, 1, 1.0)), plan.Reply(1, m.Flushed(8, 1, 1.0)))

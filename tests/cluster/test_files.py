@@ -1,0 +1,80 @@
+"""Files of a job that was killed at some moment after a checkpoint, and restored, are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import random
+import stat
+from pathlib import Path
+
+from jobs import Job, Jobs
+from nodes import Cluster
+from waiting import rounds, wait_for
+from workloads import OPEN_MPI, SOURCES, Workloads
+
+TREE = "mkdir tree"
+
+
+def command(workloads: Workloads, steps: int, seed: int) -> str:
+    mpirun = OPEN_MPI.format(each=2, ranks=4)
+    return f"{mpirun} python3 {SOURCES}/files.py --seed {seed} --steps {steps} --tree tree files"
+
+
+def contents(top: Path) -> dict[str, tuple[int, bytes]]:
+    """Mode and content of everything in a directory."""
+    return {
+        str(path.relative_to(top)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(top.rglob("*"))
+    }
+
+
+def steps_done(job: Job) -> int:
+    said = job.output.read_text() if job.output.exists() else ""
+    return max([0, *(int(line.split()[1]) for line in said.splitlines() if line.startswith("step "))])
+
+
+def runs_until(job: Job, step: int) -> None:
+    wait_for(f"step {step} of job {job.id}", lambda: steps_done(job) >= step, within=90)
+
+
+def lose_a_part(job: Job, cluster: Cluster, dice: random.Random) -> None:
+    """Kill one of its agents, so that hpccr takes down what is left and restores the newest checkpoint."""
+    restored = len(job.events("restored"))
+    node = dice.choice(job.slurm().nodes)
+    cluster.check(node, "pkill", "-KILL", "-u", job.user, "-f", "hpccr agent .*--endpoint")
+    job.wait_event("restored", restored + 1)
+
+
+def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """Written in place, by MPI-IO from all ranks, mapped, by SQLite, replaced, removed; a directory of closed files.
+
+    HPCCR_SEED gives the moments.
+    """
+    seed = workloads.seed
+    dice = random.Random(seed)
+    steps = rounds(1200, 5000)
+    twin = jobs.submit(command(workloads, steps, seed), before=TREE, plain=True)
+    twin.wait_success()
+    job = jobs.submit(f"--files=tree {command(workloads, steps, seed)}", before=f"test -d tree || {TREE}")
+    losses = rounds(2, 8)
+    for number in range(losses):
+        start = steps_done(job)
+        runs_until(job, start + dice.randrange(1, 150))
+        job.checkpoint()
+        runs_until(job, steps_done(job) + dice.randrange(1, 100))
+        if number == 0:
+            told = job.hpccr_ok("inspect")
+            assert f"everything in {cluster.there(job.directory)}/tree" in told and "files/shared" in told
+            found = json.loads(job.hpccr_ok("inspect", "--json"))
+            saved = [Path(file["path"]).name for file in found["files"] if stat.S_ISREG(file["mode"])]
+            # Both capsules have it open: it is saved once.
+            assert saved.count("shared") == 1 and saved.count("log") == 4 and "counter" in saved
+        lose_a_part(job, cluster, dice)
+    job.requeue()
+    job.wait_success()
+    assert job.said() == twin.said()
+    assert f"database {steps} ok" in job.said()
+    for name in ("files", "tree"):
+        found, expected = contents(job.directory / name), contents(twin.directory / name)
+        assert found.keys() == expected.keys()
+        assert [path for path in found if found[path] != expected[path]] == []

@@ -1,0 +1,32 @@
+"""Who saves a file that several capsules have."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpccr.coordinator.service import saved_elsewhere
+from hpccr.noded.jobfiles import network_devices
+
+IDENTITIES = st.lists(st.integers(0, 9).map(lambda n: bytes([n]) * 16), unique=True).map(tuple)
+
+
+@given(st.dictionaries(st.integers(0, 5), IDENTITIES, max_size=6))
+def test_each_file_is_saved_by_exactly_one_that_has_it(found: dict[int, tuple[bytes, ...]]) -> None:
+    elsewhere = saved_elsewhere(found)
+    savers = [identity for k, files in found.items() for identity in files if identity not in elsewhere.get(k, ())]
+    assert sorted(savers) == sorted({identity for files in found.values() for identity in files})
+    assert all(set(files) <= set(found[k]) for k, files in elsewhere.items())
+
+
+def test_network_file_systems_are_known_by_their_type() -> None:
+    mountinfo = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+40 22 0:52 / /home rw,relatime shared:9 master:2 - nfs4 server:/home rw,vers=4.2
+41 22 0:53 / /mnt/with\\040space rw - fuse.sshfs host:/ rw
+42 22 0:54 / /scratch rw - lustre 10.0.0.1@tcp:/scratch rw
+43 22 0:55 / /tmp rw - tmpfs tmpfs rw
+"""
+    assert network_devices(mountinfo) == {os.makedev(0, minor) for minor in (52, 53, 54)}
