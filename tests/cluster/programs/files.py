@@ -5,7 +5,7 @@
 Below DIR all ranks write into one file with MPI-IO, and each rank has a directory of its own: a log that is appended
 to, files written at random places, mapped, truncated and made again, renamed over, removed; rank 0 has a database too.
 In the directory --tree nothing stays open: a counter that is read and written anew, and files that must not be there
-yet when they are made. A line is printed every 10 steps.
+yet when they are made. A line is printed every 10 steps. Before the last 20 it waits until there is a file --gate.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import mmap
 import os
 import random
 import sqlite3
+import time
 from typing import TextIO
 
 import numpy as np
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--tree", help="existing directory in which rank 0 leaves nothing open")
+    parser.add_argument("--gate", required=True)
     parser.add_argument("directory")
     args = parser.parse_args()
 
@@ -133,6 +135,8 @@ def main() -> None:
     own = Own(os.path.join(args.directory, f"rank-{world.rank}"), dice, world.rank == 0)
     shared = MPI.File.Open(world, os.path.join(args.directory, "shared"), MPI.MODE_CREATE | MPI.MODE_RDWR)
     for number in range(1, args.steps + 1):
+        while number == args.steps - 20 and not os.path.exists(args.gate):
+            time.sleep(0.05)
         own.step(number)
         block = np.frombuffer(dice.randbytes(BLOCK), dtype=np.uint8)
         # Blocks of the ranks take turns in the file, and each is written often.
