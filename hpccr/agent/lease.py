@@ -5,14 +5,37 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import time
 from collections.abc import Sequence
 
 from hpccr.errors import PeerLostError, UnsupportedError
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel, encode
 
+PATIENCE = 10.0
+"""Seconds for hpccrd to be there: it may be starting again at this moment."""
+RETRY = 0.1
 MAX_REQUEST = 4 << 20
 """Longest frame hpccrd takes from a user."""
+
+
+async def _connected(path: str, *, last: bool) -> socket.socket | None:
+    """A socket connected to hpccrd's; None if nobody listens there now, or an error if last. Raises as Lease.open()."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, path)
+        return sock
+    except OSError as error:
+        sock.close()
+        if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+            raise PeerLostError(f"cannot connect to hpccrd at {path}: {error.strerror}") from None
+        if not last:
+            return None
+        raise UnsupportedError(
+            f"no hpccrd answers on {socket.gethostname()} ({path}: {error.strerror})",
+            hint="the administrator starts it with `systemctl start hpccrd`; `hpccr doctor` checks every node",
+        ) from None
 
 
 class Lease:
@@ -26,18 +49,9 @@ class Lease:
     @classmethod
     async def open(cls, path: str) -> Lease:
         """Connect to hpccrd's socket. Raises UnsupportedError (no hpccrd) or PeerLostError."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.setblocking(False)
-        try:
-            await asyncio.get_running_loop().sock_connect(sock, path)
-        except OSError as error:
-            sock.close()
-            if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
-                raise UnsupportedError(
-                    f"no hpccrd answers on {socket.gethostname()} ({path}: {error.strerror})",
-                    hint="the administrator starts it with `systemctl start hpccrd`; `hpccr doctor` checks every node",
-                ) from None
-            raise PeerLostError(f"cannot connect to hpccrd at {path}: {error.strerror}") from None
+        deadline = time.monotonic() + PATIENCE
+        while (sock := await _connected(path, last=time.monotonic() >= deadline)) is None:
+            await asyncio.sleep(RETRY)
         # The transport reads; a duplicate sends, because asyncio's transports cannot send descriptors.
         reader, writer = await asyncio.open_unix_connection(sock=sock.dup())
         return cls(sock, Channel(reader, writer, m.NodeReply))

@@ -412,6 +412,11 @@ class Boot:
         )
 
     async def _attempt(self, kill: bool) -> Snapshot:
+        # Without it numbers would begin anew, on whatever is below a mount point.
+        if not await asyncio.to_thread(self._step.path.is_dir):
+            raise HpccrError(
+                f"the step's directory {self._step.path} is gone", hint="is shared storage mounted on every node?"
+            )
         sequence = await asyncio.to_thread(self._step.next_sequence)
         if self.state.phase is not Phase.RUNNING:
             raise HpccrError(f"no checkpoint is possible now: the job is {self.state.phase}")

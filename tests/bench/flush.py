@@ -2,10 +2,10 @@
 
     flush.py [--size MIB] [--level N] [--dirty PART] [--checkpoints N] [--rounds N]
 
-Run as root inside a node (`run.py flush` does). The images are made up: ranks with zeros, tables, random numbers and
-text, of which a part changes from one checkpoint to the next, and a mapping that grows at a low address, so that all
-that follows shifts within the image. Prints ratios of one run:
-  throughput of a flush to that of `zstd -T0` and of BLAKE3 (each alone, over the same files, output synced)
+Run as root inside a node (`run.py flush` and `run.py memory` do). The images are made up: ranks with zeros, tables,
+random numbers and text, of which a part changes from one checkpoint to the next, and a mapping that grows at a low
+address, so that all that follows shifts within the image. Prints ratios of one run:
+  throughput of a flush to that of the slower of `zstd -T0` and b3sum (each alone, over the same files, output synced)
   throughput of a fetch to that of a plain copy
   bytes stored per checkpoint to the size of its images
   peak memory of the larger of the two processes of a flush, MiB
@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import pwd
-import random
 import shutil
 import subprocess
 import sys
@@ -29,46 +28,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pairs import quartiles, ratio
+
 RANKS = 4
 PAGE = 4096
 USER = "user1"
 """Whose store it is."""
 
 
-def measure(cluster: Any, repetitions: int) -> None:
-    """From outside: on a node of a running cluster."""
-    del repetitions
-    print(cluster.check("node1", "/opt/hpccr/bin/python", "/src/tests/bench/flush.py", timeout=600))
-
-
 class Images:
     """A directory of images as CRIU makes them: a pagemap and pages for each rank."""
 
     def __init__(self, size: int) -> None:
-        self._random = random.Random(1)
+        self._random = np.random.default_rng(1)
         self._pages = size // RANKS // PAGE
         self._grown = 1
-        self._contents = [
-            [self._page(number * 4 // self._pages) for number in range(self._pages)] for _ in range(RANKS)
-        ]
+        self._contents = [self._rank() for _ in range(RANKS)]
 
-    def _page(self, kind: int) -> bytes:
-        if kind == 0:
-            return bytes(PAGE)
-        if kind == 1:
-            return b"".join(self._random.randrange(1 << 12).to_bytes(8, "little") for _ in range(PAGE // 8))
-        if kind == 2:
-            return self._random.randbytes(PAGE)
-        return (b"%d of a text that goes on and on " % self._random.randrange(1 << 30)) * (PAGE // 33) + bytes(PAGE)
+    def _rank(self) -> np.ndarray:
+        """Pages: a quarter zeros, a quarter a table of small numbers, a quarter random, a quarter text."""
+        quarter = self._pages // 4
+        pages = np.zeros((self._pages, PAGE), dtype=np.uint8)
+        table = self._random.integers(1 << 12, size=(quarter, PAGE // 8), dtype=np.uint64)
+        pages[quarter : 2 * quarter] = table.view(np.uint8)
+        pages[2 * quarter : 3 * quarter] = self._noise(quarter)
+        text = b"%09d of a text that goes on and on; " * (PAGE // 45)
+        for page in pages[3 * quarter :]:
+            line = text % tuple(self._random.integers(1 << 29, size=PAGE // 45))
+            page[: len(line)] = np.frombuffer(line, dtype=np.uint8)
+        return pages
+
+    def _noise(self, count: int) -> np.ndarray:
+        return np.frombuffer(self._random.bytes(count * PAGE), dtype=np.uint8).reshape(count, PAGE)
 
     def change(self, part: float) -> None:
         """Runs of pages change, `part` of all; the heap of each rank grows by a few pages."""
         self._grown += 3
         for pages in self._contents:
             for _ in range(int(len(pages) * part / 64)):
-                start = self._random.randrange(len(pages) - 64)
-                for number in range(start, start + 64):
-                    pages[number] = self._page(2)
+                start = int(self._random.integers(len(pages) - 64))
+                pages[start : start + 64] = self._noise(64)
 
     def write(self, directory: Path) -> int:
         from pycriu.images import pagemap_pb2
@@ -85,10 +85,8 @@ class Images:
                     text = message.SerializeToString()
                     file.write(len(text).to_bytes(4, "little") + text)
             with (directory / f"pages-{rank}.img").open("wb") as file:
-                for _ in range(self._grown):
-                    file.write(self._random.randbytes(PAGE))
-                for page in pages:
-                    file.write(page[:PAGE])
+                file.write(self._noise(self._grown))
+                file.write(pages)
         os.sync()
         return sum(path.stat().st_size for path in directory.iterdir())
 
@@ -166,6 +164,7 @@ def flush(spool: Path, store: Path, sequence: int, level: int) -> None:
         spool=str(spool),
         fragment=fragment,
         level=level,
+        nice=0,
     )
     fd = opened(spool)
     try:
@@ -178,12 +177,14 @@ def fetch(spool: Path, store: Path, sequence: int, level: int) -> None:
     del level
     from hpccr.model import StepKey
     from hpccr.noded import transfer
+    from hpccr.noded.spool import Limits
 
     job = transfer.FetchJob(
         user=the_user(),
         key=bytes(32),
         directory=str(capsule(store, sequence)),
         room=1 << 50,
+        limits=Limits(str(spool.parent)),
         step=StepKey(cluster="bench", job="1", step="0"),
         checkpoint=f"{sequence:032x}",
         sequence=sequence,
@@ -243,12 +244,13 @@ def zstd(directory: Path, target: Path, level: int) -> None:
         os.fsync(out.fileno())
 
 
-def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(work: Path, options: argparse.Namespace) -> None:
     images = Images(options.size << 20)
     source = work / "images"
     size = images.write(source)
-    results = speed(work, source, options)
-    results["zstd, bytes to images"] = round((work / "z").stat().st_size / size, 3)
+    if options.rounds:
+        speed(work, source, options)
+        print(f"bytes of `zstd -{options.level}` to those of the images: {(work / 'z').stat().st_size / size:.3f}")
     stored: list[float] = []
     peaks: list[int] = []
     store = made(work / "store")
@@ -257,36 +259,33 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         peaks.append(peak >> 10)
         new = sum(path.stat().st_size for path in capsule(store, sequence).iterdir() if path.stat().st_nlink == 1)
         stored.append(round(new / size, 3))
-        shutil.rmtree(source)
-        images.change(options.dirty)
-        size = images.write(source)
-    results["bytes stored to images, each checkpoint"] = stored
-    results["peak memory of a process of a flush, MiB"] = max(peaks)
-    return results
+        if sequence < options.checkpoints:
+            shutil.rmtree(source)
+            images.change(options.dirty)
+            size = images.write(source)
+    print("bytes stored to those of the images, each checkpoint:", *stored)
+    print(f"peak memory of the larger process of a flush of {size >> 20} MiB: {max(peaks)} MiB")
 
 
-def speed(work: Path, source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Ratios of the best of several rounds, in each of which everything is done once: others use the machine too."""
-    times: dict[str, float] = {}
-
-    def note(what: str, took: float) -> None:
-        times[what] = min(times.get(what, took), took)
-
+def speed(work: Path, source: Path, options: argparse.Namespace) -> None:
+    """Each thing once per round, one after the other, compared within the round."""
+    times: dict[str, list[float]] = {"zstd": [], "b3sum": [], "flush": [], "copy": [], "fetch": []}
     for number in range(options.rounds):
         store, back, copy = made(work / f"store-{number}"), work / "back", work / "copy"
-        note("zstd", seconds(zstd, source, work / "z", options.level))
-        note("hash", seconds(hashed, source))
-        note("flush", alone("flush", copied(source, work / "spool"), store, 1, options.level)[0])
-        note("copy", seconds(copied, source, copy))
-        note("fetch", alone("fetch", back, store, 1, 0)[0])
+        times["zstd"].append(seconds(zstd, source, work / "z", options.level))
+        times["flush"].append(alone("flush", copied(source, work / "spool"), store, 1, options.level)[0])
+        times["b3sum"].append(seconds(hashed, source))
+        times["copy"].append(seconds(copied, source, copy))
+        times["fetch"].append(alone("fetch", back, store, 1, 0)[0])
         subprocess.run(["diff", "-r", str(source), str(back)], check=True)
         for path in (store, back, copy):
             shutil.rmtree(path)
-    slower = max(times["zstd"], times["hash"])
-    return {
-        "flush to the slower of zstd -T0 and BLAKE3, throughput": round(slower / times["flush"], 2),
-        "fetch to copy, throughput": round(times["copy"] / times["fetch"], 2),
-    }
+    print(f"seconds for {options.size} MiB (lower quartile, median, upper quartile):")
+    for name, taken in times.items():
+        print(f"  {name:6}" + " ".join(f"{value:7.2f}" for value in quartiles(taken)))
+    slower = [max(pair) for pair in zip(times["zstd"], times["b3sum"], strict=True)]
+    print(f"throughput of a flush to that of the slower of `zstd -T0` and b3sum: {ratio(slower, times['flush'])}")
+    print(f"throughput of a fetch to that of a copy: {ratio(times['copy'], times['fetch'])}")
 
 
 def made(store: Path) -> Path:
@@ -310,7 +309,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         work = Path(directory)
         work.chmod(0o755)
-        print(json.dumps(run(work, options), indent=2))
+        run(work, options)
     return 0
 
 

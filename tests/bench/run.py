@@ -1,6 +1,6 @@
 """Measurements on the test cluster, as ratios within one run: absolute times of a small virtual machine say nothing.
 
-    run.py [freeze] [flush] [--repetitions N]
+    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [--repetitions N]
 
 The cluster that HPCCR_TESTBED names must be up (`make bench` does that).
 """
@@ -14,11 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 
-import flush
+import dedup
 import freeze
+import inside
+import restore
+import slowdown
 from nodes import Cluster
 
-BENCHES = {"freeze": freeze.measure, "flush": flush.measure}
+BENCHES = {
+    "freeze": freeze.measure,
+    "flush": inside.speed,
+    "memory": inside.memory,
+    "dedup": dedup.measure,
+    "restore": restore.measure,
+    "slowdown": slowdown.measure,
+}
 
 
 def main() -> int:

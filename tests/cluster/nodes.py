@@ -221,13 +221,24 @@ class Cluster:
             self.check(node, "umount", SPOOL)
 
     @contextmanager
-    def small_share(self, name: str, size: str, user: str) -> Iterator[str]:
-        """A file system of `size` that all nodes share, owned by `user`; its path on the nodes, below /shared."""
+    def small_share(self, name: str, size: str, user: str, *, disk: bool = False) -> Iterator[str]:
+        """A file system of `size` that all nodes share, owned by `user`; its path on the nodes, below /shared.
+
+        disk: ext4 instead of a tmpfs, so that it can be frozen.
+        """
         place = self.shared / name
         place.mkdir()
         uid = USERS[user]
-        options = f"size={size},mode=0700,uid={uid},gid={uid}"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", place], check=True)
+        image = self.shared / f"{name}.ext4"
+        if disk:
+            subprocess.run(["truncate", "-s", size, image], check=True)
+            subprocess.run(["mkfs.ext4", "-q", "-E", f"root_owner={uid}:{uid}", image], check=True)
+            subprocess.run(["mount", "-o", "loop", image, place], check=True)
+            (place / "lost+found").rmdir()
+            place.chmod(0o700)
+        else:
+            options = f"size={size},mode=0700,uid={uid},gid={uid}"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", place], check=True)
         mounted = []
         try:
             for node in ("ctl", *self.nodes):
@@ -239,6 +250,20 @@ class Cluster:
                 self.run(node, "umount", "-l", f"/shared/{name}")
             subprocess.run(["umount", "-l", place], check=True)
             place.rmdir()
+            image.unlink(missing_ok=True)
+
+    @contextmanager
+    def unmounted(self, share: str) -> Iterator[None]:
+        """A small share is gone from all compute nodes, and comes back."""
+        gone = []
+        try:
+            for node in self.nodes:
+                self.check(node, "umount", "-l", share)
+                gone.append(node)
+            yield
+        finally:
+            for node in gone:
+                _mount_on(self.pid_one(node), str(self.here(share)), share)
 
 
 def _mount_on(pid: int, here: str, there: str) -> None:

@@ -49,6 +49,20 @@ class Workloads:
         rate = f" --rate {RATE}" if steps == ENDLESS else ""
         return f"{mpirun} {NICE} python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt{rate}"
 
+    def ticker(self, *, hold: int = 8, ranks: int = 4, nodes: int = 2) -> str:
+        """Endless, and known without a twin (check_ticks); takes next to no processor time."""
+        mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
+        return f"{mpirun} python3 {SOURCES}/ticker.py --hold {hold}"
+
+    def check_ticks(self, said: str, *, ranks: int = 4) -> None:
+        """All lines of a ticker so far, in their order, none missing and none twice."""
+        lines = [line for line in said.splitlines(keepends=True) if line.startswith("tick ")]
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        total = ranks * (ranks + 1) // 2
+        assert lines == [f"tick {step} {step * total}\n" for step in range(1, len(lines) + 1)]
+        assert lines, "it has printed nothing"
+
     def check_endless(self, said: str) -> None:
         """What an endless stencil of the standard size has printed so far is what an undisturbed one prints first.
 
