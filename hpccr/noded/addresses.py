@@ -17,6 +17,10 @@ OUTSIDE_SOURCE = "169.254.95.1"
 """Source address of every connection from a capsule to the outside: constant, so that its sockets can be restored on
 any node, whichever uplink the capsule gets there."""
 
+GATEWAY_MAC, UPLINK_MAC = "02:68:70:01:00:01", "02:68:70:01:00:02"
+"""Of the node's and the capsule's end of every uplink. Nobody asks for them, so the node's end needs no address: MPI
+libraries take an interface that has one for a way to other nodes, also those of jobs that have nothing to do with us."""
+
 
 def subnet(text: str) -> ipaddress.IPv4Network:
     """The capsules' subnet of a configuration. Raises UsageError."""

@@ -12,11 +12,10 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from hpccr.errors import HpccrError
+from hpccr.noded.addresses import GATEWAY_MAC
 from hpccr.noded.control import Network
 from hpccr.noded.hold import Nft
-
-_NUD_PERMANENT = 0x80
-_SCOPE_GLOBAL = 0
+from hpccr.noded.netlink import NUD_PERMANENT, SCOPE_GLOBAL
 
 
 def loopback_up() -> None:
@@ -53,7 +52,7 @@ def _overlay(route: IPRoute, network: Network) -> None:
         _do(
             f"add capsule {peer.capsule} at {peer.address} as a neighbour",
             lambda peer=peer: route.neigh(
-                "replace", ifindex=index, dst=peer.address, lladdr=peer.mac, state=_NUD_PERMANENT
+                "replace", ifindex=index, dst=peer.address, lladdr=peer.mac, state=NUD_PERMANENT
             ),
         )
         _do(
@@ -70,10 +69,16 @@ def _uplink(route: IPRoute, network: Network) -> None:
         lambda: route.addr("add", index=index, address=network.uplink_address, prefixlen=network.uplink_prefix),
     )
     _do(f"bring up {network.uplink}", lambda: route.link("set", index=index, state="up"))
+    _do(
+        f"add the node as a neighbour at {network.uplink_gateway}",
+        lambda: route.neigh(
+            "replace", ifindex=index, dst=network.uplink_gateway, lladdr=GATEWAY_MAC, state=NUD_PERMANENT
+        ),
+    )
     # The address that outgoing sockets are bound to: the same in every capsule, so they can be restored anywhere.
     _do(
         f"add the address {network.outside_source}",
-        lambda: route.addr("add", index=loopback, address=network.outside_source, prefixlen=32, scope=_SCOPE_GLOBAL),
+        lambda: route.addr("add", index=loopback, address=network.outside_source, prefixlen=32, scope=SCOPE_GLOBAL),
     )
     _do(
         f"route to the outside by {network.uplink_gateway}",

@@ -14,6 +14,9 @@ from hpccr.errors import HpccrError, UnsupportedError
 MAX_MTU = 65535
 """Of an IPv4 packet; loopback announces one byte more."""
 
+NUD_PERMANENT = 0x80
+SCOPE_GLOBAL, SCOPE_LINK = 0, 253
+
 
 @dataclass(frozen=True)
 class Underlay:

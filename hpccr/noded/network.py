@@ -120,19 +120,23 @@ class AddVxlan:
 
 @dataclass(frozen=True)
 class AddUplink:
-    """A veth pair between the node and the capsule, with the node's address on its end."""
+    """A veth pair between the node and the capsule, and the node's way to the capsule's address on it.
+
+    The node's end has no address of its own (see addresses.GATEWAY_MAC).
+    """
 
     node_device: str
     device: str
     address: str
-    prefix: int
     mtu: int
 
     def describe(self) -> str:
         return (
-            f"ip link add {self.node_device} mtu {self.mtu} type veth peer {self.device} mtu {self.mtu} netns CAPSULE"
-            " && "
-            f"ip address add {self.address}/{self.prefix} dev {self.node_device} && ip link set {self.node_device} up"
+            f"ip link add {self.node_device} mtu {self.mtu} address {addresses.GATEWAY_MAC} type veth "
+            f"peer {self.device} mtu {self.mtu} address {addresses.UPLINK_MAC} netns CAPSULE"
+            f" && ip link set {self.node_device} up"
+            f" && ip route add {self.address} dev {self.node_device}"
+            f" && ip neighbour add {self.address} dev {self.node_device} lladdr {addresses.UPLINK_MAC} nud permanent"
         )
 
     def execute(self, context: Context) -> None:
@@ -141,14 +145,23 @@ class AddUplink:
                 "add",
                 ifname=self.node_device,
                 mtu=self.mtu,
+                address=addresses.GATEWAY_MAC,
                 kind="veth",
-                peer={"ifname": self.device, "net_ns_fd": context.namespace, "mtu": self.mtu},
+                peer={
+                    "ifname": self.device,
+                    "net_ns_fd": context.namespace,
+                    "mtu": self.mtu,
+                    "address": addresses.UPLINK_MAC,
+                },
             )
             # No link-local IPv6 address and no router discovery from a capsule.
             _write_if_there(f"/proc/sys/net/ipv6/conf/{self.node_device}/disable_ipv6", "1")
             (index,) = context.node.link_lookup(ifname=self.node_device)
-            context.node.addr("add", index=index, address=self.address, prefixlen=self.prefix)
             context.node.link("set", index=index, state="up")
+            context.node.route("add", dst=f"{self.address}/32", oif=index, scope=netlink.SCOPE_LINK)
+            context.node.neigh(
+                "add", ifindex=index, dst=self.address, lladdr=addresses.UPLINK_MAC, state=netlink.NUD_PERMANENT
+            )
         except Exception as error:
             raise _failed(self, error) from error
 
@@ -195,7 +208,7 @@ class Strategy(Protocol):
     """How capsules of a step reach each other and the world."""
 
     def plan(self, *, name: str, capsule: int, vni: int, underlay: Underlay, taken: set[str]) -> Plan:
-        """What to make for one capsule. name: unique on the node, 8 hex digits; taken: the node's addresses.
+        """What to make for one capsule. name: unique on the node, 8 hex digits; taken: addresses that the node has or has routes to.
 
         Pure. Raises HpccrError if the configuration has no room for it.
         """
@@ -223,7 +236,7 @@ class Vxlan:
         if config.uplink:
             uplink = addresses.first_free_uplink(config.uplink_pool, taken)
             device = node_device(name)
-            operations.append(AddUplink(device, UPLINK, str(uplink[1]), 30, min(underlay.mtu, netlink.MAX_MTU)))
+            operations.append(AddUplink(device, UPLINK, str(uplink[2]), min(underlay.mtu, netlink.MAX_MTU)))
             guard = f'oifname "{device}" ct state != {{ established, related }} drop;'
             rules += [
                 f"chain forward {{ type filter hook forward priority -10; policy accept; {guard} }}",
@@ -319,7 +332,9 @@ class Plumber:
         with netlink.connect() as socket:
             context = Node(socket, namespace)
             underlay = netlink.find_underlay(socket, self._config.underlay)
-            taken = {address.get_attr("IFA_LOCAL") for address in socket.get_addr(family=2)} - {None}
+            taken = {address.get_attr("IFA_LOCAL") for address in socket.get_addr(family=2)}
+            taken |= {route.get_attr("RTA_DST") for route in socket.get_routes(family=2)}
+            taken.discard(None)
             for _ in range(16):
                 plan = self._strategy.plan(name=name, capsule=capsule, vni=choose(), underlay=underlay, taken=taken)
                 try:

@@ -496,6 +496,9 @@ async def uplink(address: str, port: str) -> None:
     """A capsule reaches a server on another node, which sees it come from this node."""
     async with capsule() as made:
         await connected(made)
+        # MPI libraries of other jobs on the node would take a device with an address for a way to other nodes.
+        assert "hpu" not in subprocess.run(["ip", "-o", "address"], check=True, capture_output=True, text=True).stdout
+        assert "hpu" in subprocess.run(["ip", "-o", "link"], check=True, capture_output=True, text=True).stdout
         await made.expect(start(sys.executable, "-c", CALL, address, port), m.Started)
         await made.until(r"hello")
         assert await made.next() == m.Exited(0)

@@ -34,7 +34,9 @@ class Cluster:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.environment = {**os.environ, "HPCCR_TESTBED": name}
+        # What steers the tests is not for the nodes, where HPCCR_ variables are hpccr's settings.
+        outside = {key: value for key, value in os.environ.items() if not key.startswith(("HPCCR_", "PYTEST_"))}
+        self.environment = {**outside, "HPCCR_TESTBED": name}
         rows = json.loads(self._testbed("status", "--json").stdout)
         self.nodes: tuple[str, ...] = tuple(row["node"] for row in rows if row["node"] != "ctl")
         self.shared = Path(self._testbed("path", "shared").stdout.strip())

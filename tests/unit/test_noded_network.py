@@ -28,8 +28,10 @@ def test_the_plan_can_be_read() -> None:
         "dstport 8473 srcport 512 1023 nolearning nolocalbypass"
     )
     assert uplink == (
-        "ip link add hpu00c0ffee mtu 1500 type veth peer hpcu0 mtu 1500 netns CAPSULE && "
-        "ip address add 169.254.96.1/30 dev hpu00c0ffee && ip link set hpu00c0ffee up"
+        "ip link add hpu00c0ffee mtu 1500 address 02:68:70:01:00:01 type veth "
+        "peer hpcu0 mtu 1500 address 02:68:70:01:00:02 netns CAPSULE && ip link set hpu00c0ffee up && "
+        "ip route add 169.254.96.2 dev hpu00c0ffee && "
+        "ip neighbour add 169.254.96.2 dev hpu00c0ffee lladdr 02:68:70:01:00:02 nud permanent"
     )
     assert table.startswith("nft -f - <<'EOF'\ntable ip hpccr_00c0ffee {\n")
     assert "udp dport 8473 udp sport >= 1024 drop" in table
