@@ -111,11 +111,22 @@ class FileRules(msgspec.Struct, frozen=True):
     snapshot_limit: Size = 16 << 30
 
 
+class SocketName(msgspec.Struct, frozen=True, array_like=True):
+    """The name of a unix socket in a private directory, which archives do not have. mtime: nanoseconds."""
+
+    path: bytes
+    mode: int
+    uid: int
+    gid: int
+    mtime: int
+
+
 class PrivateTree(msgspec.Struct, frozen=True):
     """A private directory of the capsule, saved in the archive `file` of the fragment (empty: nothing was in it)."""
 
     path: str
     file: str
+    sockets: tuple[SocketName, ...] = ()
 
 
 class Stdio(msgspec.Struct, frozen=True):

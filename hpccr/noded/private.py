@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 from collections.abc import Sequence
 
-from hpccr.errors import HpccrError
-from hpccr.model import PrivateTree
+from hpccr.errors import HpccrError, UnsupportedError
+from hpccr.model import PrivateTree, SocketName
 from hpccr.noded import child
 from hpccr.noded.reaper import Reaper
 
 _REMAP_PREFIX = "link_remap."
 """Names CRIU gives deleted files that still have other links, beside where they were (criu/files-reg.c)."""
+
+
+MAX_SOCKETS = 512
 
 
 class Saving:
@@ -28,7 +32,7 @@ class Saving:
         self._directory = directory
         self._running: dict[int, tuple[PrivateTree, asyncio.Future[int], int]] = {}
         self.trees = tuple(
-            PrivateTree(path=place, file=f"private-{number}.tar")
+            PrivateTree(path=place, file=f"private-{number}.tar", sockets=_sockets(place))
             for number, place in enumerate(places)
             if any(True for _ in os.scandir(place))
         )
@@ -101,8 +105,53 @@ def _has_remaps(place: str) -> bool:
     return any(name.startswith(_REMAP_PREFIX) for _, _, files in os.walk(place) for name in files)
 
 
-async def restore(reaper: Reaper, trees: Sequence[PrivateTree], directory: int) -> None:
-    """Extract every archive into its (fresh, empty) place. Raises HpccrError naming the place."""
+def _sockets(place: str) -> tuple[SocketName, ...]:
+    """Raises UnsupportedError for more than a message can carry."""
+    found = []
+    for directory, _, names in os.walk(os.fsencode(place)):
+        for name in names:
+            status = os.lstat(path := os.path.join(directory, name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.append(SocketName(path, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns))
+    if len(found) > MAX_SOCKETS:
+        raise UnsupportedError(
+            f"there are {len(found)} unix sockets in {place}, more than {MAX_SOCKETS}",
+            hint="let the program remove the sockets that it does not use any more",
+        )
+    return tuple(found)
+
+
+def _make_socket(name: SocketName) -> None:
+    os.mknod(name.path, name.mode)
+    os.chown(name.path, name.uid, name.gid)
+    os.chmod(name.path, stat.S_IMODE(name.mode))
+    os.utime(name.path, ns=(name.mtime, name.mtime))
+
+
+Times = dict[bytes, int]
+
+
+def directory_times(trees: Sequence[PrivateTree]) -> Times:
+    """Modification times of all directories in the places, nanoseconds."""
+    return {
+        directory: os.lstat(directory).st_mtime_ns
+        for tree in trees
+        for directory, _, _ in os.walk(os.fsencode(tree.path))
+    }
+
+
+def set_directory_times(times: Times) -> None:
+    """CRIU makes deleted files anew where they were, and sockets: the directories are as old as they were."""
+    for directory, mtime in times.items():
+        status = os.lstat(directory)
+        if status.st_mtime_ns != mtime:
+            os.utime(directory, ns=(status.st_atime_ns, mtime), follow_symlinks=False)
+
+
+async def restore(reaper: Reaper, trees: Sequence[PrivateTree], directory: int) -> Times:
+    """Extract every archive into its (fresh, empty) place. Gives the times to be set once CRIU has made its files
+    there. Raises HpccrError naming the place."""
+    times: Times = {}
     for tree in trees:
         archive = os.open(tree.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         try:
@@ -117,3 +166,7 @@ async def restore(reaper: Reaper, trees: Sequence[PrivateTree], directory: int) 
                 f"cannot restore the private directory {tree.path}: tar exited {code}: {said}",
                 hint="there may be too little memory for it on this node",
             )
+        times |= directory_times([tree])
+        for name in tree.sockets:
+            _make_socket(name)
+    return times
