@@ -19,7 +19,7 @@ any node, whichever uplink the capsule gets there."""
 
 GATEWAY_MAC, UPLINK_MAC = "02:68:70:01:00:01", "02:68:70:01:00:02"
 """Of the node's and the capsule's end of every uplink. Nobody asks for them, so the node's end needs no address: MPI
-libraries take an interface that has one for a way to other nodes, also those of jobs that have nothing to do with us."""
+libraries, also those of jobs that have nothing to do with us, take an interface with one for a way to other nodes."""
 
 
 def subnet(text: str) -> ipaddress.IPv4Network:

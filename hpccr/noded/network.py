@@ -208,9 +208,9 @@ class Strategy(Protocol):
     """How capsules of a step reach each other and the world."""
 
     def plan(self, *, name: str, capsule: int, vni: int, underlay: Underlay, taken: set[str]) -> Plan:
-        """What to make for one capsule. name: unique on the node, 8 hex digits; taken: addresses that the node has or has routes to.
+        """What to make for one capsule.
 
-        Pure. Raises HpccrError if the configuration has no room for it.
+        name: unique on the node, 8 hex digits; taken: addresses that the node has or has routes to. Pure. Raises HpccrError if the configuration has no room for it.
         """
 
 
