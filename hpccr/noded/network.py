@@ -210,7 +210,8 @@ class Strategy(Protocol):
     def plan(self, *, name: str, capsule: int, vni: int, underlay: Underlay, taken: set[str]) -> Plan:
         """What to make for one capsule.
 
-        name: unique on the node, 8 hex digits; taken: addresses that the node has or has routes to. Pure. Raises HpccrError if the configuration has no room for it.
+        name: unique on the node, 8 hex digits; taken: addresses that the node has or has routes to. Pure. Raises
+        HpccrError if the configuration has no room for it.
         """
 
 
