@@ -75,7 +75,7 @@ static long read_interval(const char *text)
 
 static bool is_word(const char *text)
 {
-	return strcmp(text, "auto") == 0 || strcmp(text, "none") == 0;
+	return strcmp(text, "auto") == 0 || strcmp(text, "requeue") == 0 || strcmp(text, "none") == 0;
 }
 
 long interval_seconds(const char *text)
@@ -93,11 +93,11 @@ static const char *interval_refusal(const char *text)
 		return NULL;
 	seconds = read_interval(text);
 	if (seconds < 0)
-		return "is not an interval: give 30 (minutes), 90s, 30m, 2h, HH:MM:SS, auto or none";
+		return "is not an interval: give 30 (minutes), 90s, 30m, 2h, HH:MM:SS, auto, requeue or none";
 	if (seconds < MIN_INTERVAL)
-		return "is less than 10 s: the job would do little else (none: no periodic checkpoints)";
+		return "is less than 10 s: the job would do little else (requeue: only when it has to leave its nodes)";
 	if (seconds > MAX_INTERVAL)
-		return "is longer than a year: give none for no periodic checkpoints";
+		return "is longer than a year: give requeue for no periodic checkpoints";
 	return NULL;
 }
 

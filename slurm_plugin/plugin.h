@@ -28,7 +28,7 @@ struct request {
 
 extern struct request request;
 
-/* Whether the job is to be checkpointed. */
+/* Whether the job is to be checkpointed: some option was given, and --checkpoint=none was not. */
 bool request_made(void);
 
 /* Make the options known to Slurm. To be called from slurm_spank_init only. */

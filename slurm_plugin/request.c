@@ -10,13 +10,13 @@ static int take(int kind, const char *text, int remote);
 
 /* Both spellings of each option; a kind's last value seen is the one that counts. */
 static struct spank_option options[] = {
-	{ "checkpoint", "TIME|auto|none",
-	  "checkpoint the job: every TIME (30 is minutes; 90s, 30m, 2h, HH:MM:SS), when it pays off (auto), or only "
-	  "when it has to leave its nodes (none)",
+	{ "checkpoint", "TIME|auto|requeue|none",
+	  "checkpoint the job: every TIME (30 is minutes; 90s, 30m, 2h, HH:MM:SS), when it pays off (auto), only when it "
+	  "has to leave its nodes (requeue), or not at all (none)",
 	  1, OPTION_INTERVAL, take },
 	{ "checkpoint-dir", "DIR", "where its checkpoints go, on storage that all nodes share", 1, OPTION_DIR, take },
 	{ "checkpoint-keep", "N", "how many complete checkpoints are kept", 1, OPTION_KEEP, take },
-	{ "hpccr-checkpoint", "TIME|auto|none", "the same as --checkpoint", 1, OPTION_INTERVAL, take },
+	{ "hpccr-checkpoint", "TIME|auto|requeue|none", "the same as --checkpoint", 1, OPTION_INTERVAL, take },
 	{ "hpccr-checkpoint-dir", "DIR", "the same as --checkpoint-dir", 1, OPTION_DIR, take },
 	{ "hpccr-checkpoint-keep", "N", "the same as --checkpoint-keep", 1, OPTION_KEEP, take },
 };
@@ -52,6 +52,10 @@ static int take(int kind, const char *text, int remote)
 
 bool request_made(void)
 {
+	const char *interval = request.values[OPTION_INTERVAL];
+
+	if (interval != NULL && strcmp(interval, "none") == 0)
+		return false;
 	for (int kind = 0; kind < OPTION_KINDS; kind++) {
 		if (request.values[kind] != NULL)
 			return true;

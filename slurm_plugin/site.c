@@ -26,6 +26,8 @@ struct site site_read(int argc, char **argv)
 				slurm_error("hpccr: %s in plugstack.conf: must be an absolute path", argv[i]);
 		} else if ((value = value_of(argv[i], "interval")) != NULL) {
 			refusal = option_refusal(OPTION_INTERVAL, value);
+			if (refusal == NULL && strcmp(value, "none") == 0)
+				refusal = "is for jobs that want no checkpoints, and these do";
 			if (refusal == NULL)
 				site.interval = value;
 			else

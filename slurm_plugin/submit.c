@@ -55,8 +55,12 @@ static void forward(int kind)
 		slurm_error("hpccr: couldn't pass %s on to the job: %s", name, strerror(errno));
 }
 
+/* The job's Comment until `hpccr run` is at work in it: by this `hpccr list` knows a job that runs unprotected. */
+#define NOT_YET "hpccr: waiting to start" /* hpccr.slurm.query.WAITING */
+
 /*
- * What goes with --checkpoint unless the user says otherwise: output that survives a requeue, and that there may be one.
+ * What goes with --checkpoint unless the user says otherwise: output that survives a requeue, that there may be one, and
+ * a comment.
  *
  * SPANK has nothing for changing sbatch's own options. sbatch and its library export what cli_filter plugins do that with
  * (src/common/slurm_opt.h); where a release does not, users add the options themselves and nothing is lost: `hpccr run`
@@ -80,6 +84,8 @@ static void complete_options(void)
 	if (!is_set(sbatch_options, "requeue") && !is_set(sbatch_options, "no-requeue") &&
 	    set(sbatch_options, "requeue", "", false) != 0)
 		slurm_error("hpccr: couldn't set --requeue");
+	if (!is_set(sbatch_options, "comment") && set(sbatch_options, "comment", NOT_YET, false) != 0)
+		slurm_error("hpccr: couldn't set --comment");
 }
 
 /* salloc has no script: what the user runs `hpccr run` on is his business, it finds the values in the environment. */
@@ -99,12 +105,12 @@ static void set_variables(int argc, char **argv)
 
 void submit_options_read(int argc, char **argv)
 {
-	if (!request_made())
-		return;
 	for (int kind = 0; kind < OPTION_KINDS; kind++) {
 		if (request.values[kind] != NULL)
 			forward(kind);
 	}
+	if (!request_made())
+		return;
 	if (in_salloc())
 		set_variables(argc, argv);
 	else

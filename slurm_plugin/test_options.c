@@ -58,6 +58,7 @@ int main(void)
 	expect_seconds("0:0:10", 10);
 	expect_seconds("100:00:00", 360000);
 	expect_seconds("auto", -1);
+	expect_seconds("requeue", -1);
 	expect_seconds("none", -1);
 	for (size_t i = 0; i < sizeof(no_intervals) / sizeof(*no_intervals); i++)
 		expect_refused(OPTION_INTERVAL, no_intervals[i]);

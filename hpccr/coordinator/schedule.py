@@ -34,12 +34,12 @@ class Interval:
 def parse_interval(text: str) -> Interval | None:
     """The interval in "30" (minutes), "90s", "30m", "2h", "1d", "H:MM", "H:MM:SS", "D-H:MM:SS", "auto".
 
-    None for "none".
+    None for "none" and "requeue": no checkpoints by the clock.
 
     Raises UsageError.
     """
     word = text.strip().lower()
-    if word in ("none", ""):
+    if word in ("none", "requeue", ""):
         return None
     if word == "auto":
         return Interval(None)
@@ -50,7 +50,8 @@ def parse_interval(text: str) -> Interval | None:
         seconds = ((days * 24 + hours) * 60 + minutes) * 60.0 + rest
     else:
         raise UsageError(
-            f"{text!r} is no interval between checkpoints", hint="30 (minutes), 90s, 30m, 2h, HH:MM:SS, auto or none"
+            f"{text!r} is no interval between checkpoints",
+            hint="30 (minutes), 90s, 30m, 2h, HH:MM:SS, auto, requeue or none",
         )
     if seconds < SHORTEST:
         raise UsageError(f"an interval of {seconds:g} s is shorter than {SHORTEST:g} s")

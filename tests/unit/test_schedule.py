@@ -22,7 +22,7 @@ def test_intervals(text: str, seconds: float) -> None:
 
 def test_auto_and_none() -> None:
     assert parse_interval("auto") == Interval(None)
-    assert parse_interval("none") is None
+    assert parse_interval("none") is None and parse_interval("requeue") is None
 
 
 @pytest.mark.parametrize("text", ["soon", "-5", "5x", "1:2:3:4", "1s", "0"])
