@@ -87,8 +87,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a checkpoint by interval does while the one before is not in the store yet: it is left out, or waits."""
     at_limit: Literal["requeue", "none"] = "requeue"
     """Before a job's time limit: checkpoint and requeue it, or nothing."""
-    node_mtbf: Seconds = 5 * 365.25 * 86400
-    """Mean time between failures of one node, for the interval "auto"."""
+    node_mtbf: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Mean time between failures of one node, for the interval "auto"; 0: estimated from Slurm's node records."""
     outside: str = "allow"
     """Connections to outside the capsule: allow (they are reset after a restore) or refuse (in prepare)."""
 

@@ -239,6 +239,8 @@ class StepRecord(msgspec.Struct, frozen=True):
     incarnation: int = 0
     exit_code: int | None = None
     updated: float = 0.0
+    due: float | None = None
+    """When the next checkpoint by the clock begins, while there is one."""
 
 
 class EndpointRecord(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ from hpccr.wire.handshake import authenticate
 HEARTBEAT = 5.0
 """Seconds between pings, both ways."""
 SILENCE = 30.0
-"""Seconds without a word after which the other side counts as lost."""
+"""Seconds without a word after which the other side counts as lost: seconds in which this process itself ran."""
 
 
 def node_name(environ: dict[str, str] | os._Environ[str] = os.environ) -> str:
@@ -108,8 +108,7 @@ class Agent:
     async def _from_coordinator(self, lease: Lease) -> None:
         while True:
             try:
-                async with asyncio.timeout(SILENCE):
-                    message = await self._channel.receive()
+                message = await receive(self._channel)
             except TimeoutError:
                 raise PeerLostError(f"the coordinator has been silent for {SILENCE:.0f} s") from None
             match message:
@@ -157,6 +156,22 @@ class Agent:
             self._pipes.drain()
             consumed = self._pipes.stdin_consumed()
         await self._channel.send(m.Frozen(consumed))
+
+
+async def receive[M](channel: Channel[M]) -> M | None:
+    """The next message of a peer that pings, None at its end. Raises TimeoutError when it is silent for SILENCE.
+
+    Counted in turns of this process and not by the clock: after `scontrol suspend` both sides wake up some time
+    apart, and neither has been silent.
+    """
+    receiving = asyncio.ensure_future(channel.receive())
+    try:
+        for _ in range(round(SILENCE / HEARTBEAT)):
+            if (await asyncio.wait((receiving,), timeout=HEARTBEAT))[0]:
+                return receiving.result()
+    finally:
+        receiving.cancel()
+    raise TimeoutError
 
 
 async def heartbeat(send: Callable[[m.Message], Coroutine[Any, Any, None]]) -> None:

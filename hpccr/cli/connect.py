@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from hpccr.errors import HpccrError, PeerLostError, error_for
+from hpccr.errors import HpccrError, LockedError, PeerLostError, error_for
 from hpccr.model import EndpointRecord
 from hpccr.slurm.query import SlurmError, job_query
 from hpccr.store.layout import Step
@@ -81,11 +81,28 @@ async def _ask[R: (m.CheckpointReply, m.StatusReply)](
             f"no answer within {timeout:.0f} s",
             hint="what was asked for goes on; `hpccr status` shows how far it is",
         ) from None
+    except PeerLostError as error:
+        raise _suspended(step) or error from None
     except OSError as error:
         raise PeerLostError(
             f"the connection to the coordinator on {endpoint.host} broke: {error.strerror or error}",
             hint="`hpccr status` shows what is left",
         ) from None
+
+
+def _suspended(step: Step) -> HpccrError | None:
+    """Why a coordinator does not answer that is stopped with its job."""
+    if step.key.cluster == "local":
+        return None
+    try:
+        info = job_query(timeout=10).job(step.key.job)
+    except SlurmError:
+        return None
+    if "SUSPENDED" not in info.states:
+        return None
+    return LockedError(
+        f"job {step.key.job} is suspended", hint="it can be checkpointed when it has been resumed; nothing is lost"
+    )
 
 
 async def _connect(step: Step, endpoint: EndpointRecord) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

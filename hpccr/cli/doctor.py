@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,16 @@ from typing import Any
 
 import msgspec
 
+import hpccr
 from hpccr.cli.jobs import add_json_argument, add_store_argument, open_store
-from hpccr.cli.nodecheck import NodeReport, compare, examine
+from hpccr.cli.nodecheck import NodeReport, check_plugin, compare, examine
 from hpccr.cli.output import ProgressLine, print_json, print_table
 from hpccr.config import Config
 from hpccr.errors import ExitCode, HpccrError, UsageError
 from hpccr.slurm.env import Allocation
 from hpccr.slurm.hostlist import expand
-from hpccr.slurm.nodes import NodeInfo, nodes
+from hpccr.slurm.nodes import NodeInfo
+from hpccr.slurm.query import job_query
 from hpccr.slurm.steps import agent_step_command, agent_step_environment, probe_job_command
 from hpccr.store import publish
 from hpccr.wire.messages import Check
@@ -67,13 +70,21 @@ def run(args: argparse.Namespace, config: Config) -> int:
             _print([report], [], verbose=True)
         return int(ExitCode.OK if report.ok else ExitCode.FAILED)
     reports = _cluster(args, store)
-    checks = compare(reports)
+    checks = compare(reports, _asking())
     ok = all(report.ok for report in reports) and all(check.ok for check in checks)
     if args.json:
         print_json({"ok": ok, "nodes": reports, "cluster": checks})
     else:
         _print(reports, checks, verbose=bool(args.verbose))
     return int(ExitCode.OK if ok else ExitCode.FAILED)
+
+
+def _asking() -> NodeReport | None:
+    """What of this login node must be as on the compute nodes; None in a job, on one of them."""
+    if Allocation.from_environ(os.environ) is not None:
+        return None
+    plugin = check_plugin()
+    return NodeReport(socket.gethostname(), hpccr.__version__, (plugin,)) if plugin else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def _cluster(args: argparse.Namespace, store: Path) -> list[NodeReport]:
         if allocation is not None:
             calls, reports = _in_job(allocation, wanted, argv)
         else:
-            calls, reports = _in_jobs_of_its_own(nodes(), wanted, argv, args.deadline)
+            calls, reports = _in_jobs_of_its_own(job_query().nodes(), wanted, argv, args.deadline)
         with ProgressLine(wanted=not args.json) as line:
             reports += asyncio.run(_ask_all(calls, args.deadline, line))
     order = {report.node: index for index, report in enumerate(sorted(reports, key=lambda r: _natural(r.node)))}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import re
+import shutil
 from dataclasses import dataclass
 
 from hpccr.config import Config
 from hpccr.errors import CorruptError, HpccrError, NoCheckpointError, UsageError
-from hpccr.slurm.query import SlurmError, UnknownJobError, job_query
+from hpccr.slurm.query import JobInfo, SlurmError, UnknownJobError, job_query
 from hpccr.store.layout import FINISHED, Checkpoint, Job, State, Step, Store
 
 
@@ -41,7 +43,7 @@ def find_job(args: argparse.Namespace, config: Config) -> Job:
     """The job that the command line means. Raises HpccrError; for one that is not in the store it says whose it is."""
     store = open_store(args, config)
     try:
-        return store.find(args.job, cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
+        return store.find(_job_id(args.job), cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
     except PermissionError as error:
         raise HpccrError(
             f"cannot read the store: {error.filename}: {error.strerror}", hint="a store can only be read by its owner"
@@ -52,6 +54,16 @@ def find_job(args: argparse.Namespace, config: Config) -> Job:
         raise _explain_missing(args.job, store, error) from None
 
 
+def _job_id(name: str) -> str:
+    """The id of the job that is task T of array A, if `name` is "A_T" and Slurm knows it; else `name`."""
+    if re.fullmatch(r"[0-9]+_[0-9]+", name):
+        try:
+            return job_query(timeout=10).job(name).job
+        except SlurmError:
+            pass  # find() says what there is
+    return name
+
+
 def _explain_missing(name: str, store: Store, error: HpccrError) -> HpccrError:
     """A better error for a job that is not in the store, by asking Slurm, if it can be asked."""
     try:
@@ -60,8 +72,6 @@ def _explain_missing(name: str, store: Store, error: HpccrError) -> HpccrError:
         return HpccrError(f"no job {name}: neither Slurm nor the store {store.root} knows it", hint=error.hint)
     except SlurmError:
         return error
-    if info.job != name and (store.root / f"{info.cluster}-{info.job}").is_dir():
-        return HpccrError(f"{name} is a task of an array", hint=f"its job id is {info.job}: use that")
     if info.uid != os.geteuid():
         return HpccrError(
             f"job {name} belongs to {info.user}, not to {_me()}", hint="only its owner can checkpoint or see it"
@@ -150,6 +160,28 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         problem=state.problem,
         path=str(checkpoint.path),
     )
+
+
+def own_jobs() -> dict[str, JobInfo] | None:
+    """The caller's jobs that Slurm has not forgotten, by job id; None if there is no Slurm that answers."""
+    if shutil.which("squeue") is None:
+        return None
+    try:
+        return {info.job: info for info in job_query(timeout=10).jobs(_me())}
+    except SlurmError:
+        return None
+
+
+def seen_state(state: str, info: JobInfo | None) -> str:
+    """The state of a step (see step_state) with what Slurm says of its job: queued, suspended, or stopped when the job
+    is none of Slurm's any more."""
+    if state == FINISHED:
+        return state
+    if info is None:
+        return "stopped"
+    if "PENDING" in info.states:
+        return "queued"
+    return "suspended" if "SUSPENDED" in info.states else state
 
 
 def step_state(step: Step) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import hpccr
 from hpccr.cli.embedded import node_service
 from hpccr.config import Config
 from hpccr.errors import HpccrError
+from hpccr.slurm.commands import has_plugin
+from hpccr.slurm.query import SlurmError
 from hpccr.store import publish
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
@@ -23,6 +26,7 @@ from hpccr.wire.messages import Check
 PROBE_TIMEOUT = 180.0
 """Seconds for hpccrd to look: `criu check` alone may take minutes the first time on a large node."""
 
+PLUGIN = "sbatch --checkpoint"
 EQUAL = ("criu", "site key")
 """Checks of hpccrd whose findings must be the same on all nodes."""
 
@@ -49,6 +53,8 @@ def examine(config: Config, store: Path, *, token: str = "", embedded: bool = Fa
         checks.append(shared)
     if shared is None or shared.ok:  # else it would only be made, where nobody wants it
         checks.append(check_store(store))
+    if (plugin := check_plugin()) is not None:
+        checks.append(plugin)
     from hpccr.noded.probe import cpu_flags  # pulls in the netlink library, which no other verb needs
 
     try:
@@ -127,6 +133,16 @@ def check_store(root: Path) -> Check:
     return Check(name, True, f"{root} can be written")
 
 
+def check_plugin() -> Check | None:
+    """Whether Slurm loads spank_hpccr here; sites may do without, but not on some nodes only. None without Slurm."""
+    if shutil.which("sbatch") is None:
+        return None
+    try:
+        return Check(PLUGIN, True, "there" if has_plugin() else "not there")
+    except SlurmError as error:
+        return Check(PLUGIN, False, error.message, error.hint)
+
+
 def check_token(root: Path, token: str) -> Check:
     """That the store is the one in which another node has put the file `token`."""
     try:
@@ -139,16 +155,32 @@ def check_token(root: Path, token: str) -> Check:
     return Check("shared store", False, detail, "the store must be on storage that all nodes share")
 
 
-def compare(reports: Sequence[NodeReport]) -> list[Check]:
-    """What must be the same on all nodes, so that a job can be restored on any of them. [] for less than two nodes."""
+def compare(reports: Sequence[NodeReport], asking: NodeReport | None = None) -> list[Check]:
+    """What must be the same on all nodes, so that a job can be restored on any of them. [] for less than two nodes.
+
+    asking: the login node that the nodes are asked from.
+    """
     reports = [report for report in reports if report.version]
-    if len(reports) < 2:
+    plugged = [*([asking] if asking else []), *reports]
+    if len(plugged) < 2:
         return []
 
     def finding(name: str) -> Callable[[NodeReport], str]:
         return lambda report: next((check.detail for check in report.checks if check.name == name and check.ok), "")
 
-    checks = [_same("hpccr version", reports, lambda report: report.version, "install the same version everywhere")]
+    plugin = _same(
+        PLUGIN,
+        plugged,
+        finding(PLUGIN),
+        "a job that was submitted with --checkpoint runs unprotected where the plugin is missing: "
+        "spank_hpccr.so and its line in plugstack.conf must be on all nodes",
+    )
+    if len(reports) < 2:
+        return [plugin]
+    checks = [
+        plugin,
+        _same("hpccr version", reports, lambda report: report.version, "install the same version everywhere"),
+    ]
     checks += [_same(f"same {name}", reports, finding(name), "install the same everywhere") for name in EQUAL]
     common = set.intersection(*(set(report.cpu_flags) for report in reports))
     more = [

@@ -48,6 +48,9 @@ _STYLES = {
     "checkpointing": "yellow",
     "incomplete": "yellow",
     "stopped": "yellow",
+    "queued": "yellow",
+    "suspended": "yellow",
+    "unprotected": "bold red",
     "FAIL": "bold red",
 }
 

@@ -158,6 +158,7 @@ def start(
             resume=resume,
             sequence=sequence,
             batch=batch,
+            run=allocation.restarts if allocation else 0,
         )
         return asyncio.run(coordinator.run(_command(argv, config, allocation, here), len(site.nodes)))
 

@@ -98,6 +98,8 @@ def _print_live(status: StepStatus, *, started: float) -> None:
     print(f"  incarnation {status.incarnation}")
     skipped = f", {status.skipped} left out: the one before was not in the store yet" if status.skipped else ""
     print(f"  checkpoints {status.taken} taken, {status.failed} failed in this incarnation{skipped}")
+    if status.due is not None:
+        print(f"  next due    {_moment(status.due)}")
     if status.flush is not None:
         waiting = ", and the next one waits for it" if status.waiting else ""
         print(f"  flush       {size(status.flush.done)} of {size(status.flush.total)} in the store{waiting}")

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 STEP_END_TIMEOUT = 20.0
 """Seconds the helper step has to end once its agents have."""
+LOST_STEP_TIMEOUT = 3.0
+"""The same when one of its nodes is gone: that part of it does not end."""
 
 
 def place(capsules: int, nodes: Sequence[str]) -> tuple[str, ...]:
@@ -96,16 +98,16 @@ class Agents:
             return ""
         return "; ".join(lines[-3:])
 
-    async def stop(self) -> None:
-        """After the members are destroyed: wait for the agents to end, and end those that do not."""
+    async def stop(self, within: float) -> None:
+        """After the members are destroyed: wait `within` seconds for the agents to end, and end those that do not."""
         if self._own:
-            _, pending = await asyncio.wait(self._own, timeout=STEP_END_TIMEOUT)
+            _, pending = await asyncio.wait(self._own, timeout=within)
             for task in pending:
                 task.cancel()
             await asyncio.gather(*self._own, return_exceptions=True)
         if self._step is None or self.step_ended is None:
             return
-        await asyncio.wait((self.step_ended,), timeout=STEP_END_TIMEOUT)
+        await asyncio.wait((self.step_ended,), timeout=within)
         if not self.step_ended.done():
             log.warning("the helper step did not end by itself")
             os.killpg(self._step.pid, signal.SIGKILL)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from hpccr.errors import CorruptError, NoCheckpointError
 from hpccr.model import Manifest
@@ -16,17 +18,52 @@ FLUSH_POLL = 0.5
 """Seconds between looks at a flush that another node is still doing."""
 
 
-class Candidates:
-    """The complete checkpoints of a step but for those that were refused. warn: tells the user of one passed over."""
+MAX_BOOTS = 3
+"""Boots from one checkpoint, over all requeues of the job, that may come to nothing; then it is passed over."""
 
-    def __init__(self, step: Step, warn: Callable[[str], None]) -> None:
+
+def fruitless(happened: Iterable[Mapping[str, Any]]) -> Counter[int]:
+    """How often each checkpoint (0: the start) has been booted from since it last came to a running job, by the events
+    of the step. Boots that Slurm ended (a requeue, a preemption) do not count."""
+    found: Counter[int] = Counter()
+    current = -1
+    for event in happened:
+        match event["event"]:
+            case "boot":
+                current = int(event.get("sequence", 0))
+                found[current] += 1
+            case "restored":
+                found[current] = 0
+            case "terminate" if event.get("why") != "unknown":
+                found[current] = max(0, found[current] - 1)
+                current = -1  # Slurm may signal more than once
+    return found
+
+
+class Candidates:
+    """The complete checkpoints of a step but for those that were refused. warn: tells the user of one passed over;
+    afresh: how the job is started from the beginning; happened: the step's events so far."""
+
+    def __init__(
+        self,
+        step: Step,
+        warn: Callable[[str], None],
+        *,
+        afresh: str = "",
+        happened: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         self._step = step
         self._warn = warn
-        self._refused: set[int] = set()
+        self._afresh = afresh
+        self._refused = {
+            sequence: f"{boots} attempts to restore it have come to nothing"
+            for sequence, boots in fruitless(happened).items()
+            if sequence > 0 and boots >= MAX_BOOTS
+        }
 
-    def refuse(self, sequence: int) -> None:
-        """Never offer this one again: it did not verify or did not restore."""
-        self._refused.add(sequence)
+    def refuse(self, sequence: int, why: str) -> None:
+        """Do not offer this one again in this run of the job: it did not verify or did not restore."""
+        self._refused[sequence] = why
 
     async def exactly(self, sequence: int) -> Manifest:
         """That one, waiting for its flush. Raises NoCheckpointError, CorruptError."""
@@ -41,11 +78,12 @@ class Candidates:
     async def newest(self) -> Manifest | None:
         """The newest complete one, waiting for one whose flush is still going on; None if there is none.
 
-        Raises CorruptError if there were checkpoints, but nothing is left that is as it was written.
+        Raises CorruptError if there were checkpoints, but nothing is left that can be restored.
         """
-        damaged = ""
+        damaged = []
         for checkpoint in await asyncio.to_thread(self._step.checkpoints):
             if checkpoint.sequence in self._refused:
+                damaged.append(f"checkpoint {checkpoint.sequence}: {self._refused[checkpoint.sequence]}")
                 continue
             try:
                 if await self._settled(checkpoint) is State.COMPLETE:
@@ -53,13 +91,14 @@ class Candidates:
                 found = await asyncio.to_thread(checkpoint.state)
                 problem = found.problem
                 if not found.missing:
-                    damaged = damaged or problem
+                    damaged.append(f"checkpoint {checkpoint.sequence}: {problem}")
             except (CorruptError, NoCheckpointError) as error:
-                problem = damaged = error.message
+                problem = error.message
+                damaged.append(f"checkpoint {checkpoint.sequence}: {problem}")
             self._warn(f"checkpoint {checkpoint.sequence} is passed over: {problem}")
         if damaged:
             raise CorruptError(
-                f"no checkpoint can be used: {damaged}", hint="`hpccr run --fresh` starts from the beginning"
+                f"no checkpoint of {self._step.key} can be restored: {'; '.join(damaged)}", hint=self._afresh
             )
         return None
 

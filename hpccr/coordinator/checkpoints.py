@@ -41,6 +41,8 @@ class Checkpoints:
         self._warn = warn
         self._tasks: set[asyncio.Task[Any]] = set()
         self.costs = Costs()
+        self.suspended = False
+        """The job is stopped by `scontrol suspend`."""
         self.leaving = False
         """A final checkpoint is being made, or has been: the job's tasks will not run on here."""
 
@@ -74,6 +76,10 @@ class Checkpoints:
         except BaseException:
             self.leaving = False
             raise
+        try:
+            await asyncio.to_thread(self._site.ensure_requeued)
+        except HpccrError as error:
+            self._warn(f"the job could not be requeued before its time to leave is over: {error.message}")
         self._left()
 
     async def make(self, boot: Boot, reason: str, *, wait: bool) -> Snapshot:
@@ -95,6 +101,8 @@ class Checkpoints:
         )
 
     async def _checkpoint(self, boot: Boot, *, kill: bool, reason: str, wait: bool = True) -> Snapshot:
+        if self.suspended:
+            raise LockedError("the job is suspended", hint="it can be checkpointed when it has been resumed")
         asked = time.monotonic()
         snapshot = await boot.checkpoint(kill=kill, reason=reason, wait=wait)
         self.costs = self.costs.with_freeze(snapshot.manifest.freeze_seconds)

@@ -17,8 +17,10 @@ def progress(boot: Boot) -> m.Progress:
     return m.Progress("flush" if boot.state.flushing else str(boot.state.phase), done, total)
 
 
-def report(key: StepKey, boot: Boot | None, *, nodes: tuple[str, ...], incarnation: int, started: float) -> StepStatus:
-    """boot: None between two lives of the job. nodes: in capsule order."""
+def report(
+    key: StepKey, boot: Boot | None, *, nodes: tuple[str, ...], incarnation: int, started: float, due: float | None
+) -> StepStatus:
+    """boot: None between two lives of the job. nodes: in capsule order. due: the next checkpoint by the clock."""
     if boot is None:
         return StepStatus(
             key=key, state="starting", capsules=len(nodes), nodes=nodes, incarnation=incarnation, started=started
@@ -44,6 +46,7 @@ def report(key: StepKey, boot: Boot | None, *, nodes: tuple[str, ...], incarnati
         skipped=boot.skipped,
         waiting=boot.waiting,
         last_error=boot.last_error,
+        due=due,
     )
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from hpccr.config import Config
 from hpccr.coordinator import plan
-from hpccr.coordinator.agents import Agents, place
-from hpccr.coordinator.candidates import Candidates
+from hpccr.coordinator.agents import LOST_STEP_TIMEOUT, STEP_END_TIMEOUT, Agents, place
+from hpccr.coordinator.candidates import MAX_BOOTS, Candidates, fruitless
 from hpccr.coordinator.checkpoints import Checkpoints
 from hpccr.coordinator.plan import BOOT, Phase
 from hpccr.coordinator.report import report
@@ -30,9 +30,11 @@ from hpccr.coordinator.service import Boot, Command, failure_of
 from hpccr.coordinator.site import Site
 from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
+from hpccr.coordinator.succession import Succession
 from hpccr.coordinator.timekeeper import Timekeeper
-from hpccr.errors import ExitCode, HpccrError
+from hpccr.errors import ExitCode, HpccrError, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
+from hpccr.slurm.nodes import USUAL_MTBF, FailureRate
 from hpccr.store import events
 from hpccr.store.layout import FINISHED, Step
 from hpccr.store.publish import publish, remove
@@ -45,7 +47,7 @@ MAX_RESTARTS = 3
 """Restores in place without a new complete checkpoint between them; then the cause is not going away."""
 MAKING = (Phase.CREATING, Phase.CONNECTING)
 """Phases of a boot in which it does not matter what the capsules are for."""
-PASSED_ON = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+PASSED_ON = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that are the job's business."""
 
 
@@ -69,8 +71,9 @@ class Coordinator:
         resume: bool,
         sequence: int | None = None,
         batch: bool = False,
+        run: int = 0,
     ) -> None:
-        """incarnation: of the step's last boot, -1 if it has had none.
+        """incarnation: of the step's last boot, -1 if it has had none. run: SLURM_RESTART_COUNT.
 
         resume: start from the newest complete checkpoint if there is one; sequence: exactly from this one.
         batch: the command is the whole batch script, and SIGUSR1 asks for a checkpoint instead of being the command's.
@@ -84,6 +87,7 @@ class Coordinator:
         self._resume = resume
         self._sequence = sequence
         self._batch = batch
+        self._succession = Succession(step, run)
         self._secret = new_secret()
         self._boot: Boot | None = None
         self._joined: list[Member] = []
@@ -99,6 +103,7 @@ class Coordinator:
             step=step, site=site, keep=config.store.keep, left=self._finish_requeued, warn=self._loud
         )
         self._streams: Streams | None = None
+        self._due: float | None = None
         self._main: asyncio.Task[Any] | None = None
 
     def _event(self, name: str, **details: Any) -> None:
@@ -144,12 +149,14 @@ class Coordinator:
             self._record("cancelled")
             return 128 + signal.SIGTERM
         except HpccrError as error:
+            self._succession.check()  # what a ghost has to tell is of no interest
             self._event("failed", message=error.message, code=error.code)
             self._record("failed")
             raise
         finally:
             await server.close()
-            remove(self._step.endpoint_path)
+            if (there := self._step.endpoint()) is None or there.secret == self._secret:
+                remove(self._step.endpoint_path)
             self._io.shutdown()
         return code
 
@@ -174,6 +181,7 @@ class Coordinator:
                 incarnation=max(0, self._incarnation),
                 exit_code=exit_code,
                 updated=now,
+                due=self._due if state == "running" else None,
             ),
         )
 
@@ -183,7 +191,8 @@ class Coordinator:
         """The command's exit code, or None when the job was checkpointed to be started again."""
         what = command(self._secret)
         self._record("starting", argv=what.argv)
-        candidates = Candidates(self._step, self._loud)
+        happened = await asyncio.to_thread(events.read, self._step.events_path)
+        candidates = Candidates(self._step, self._loud, afresh=self._afresh(), happened=happened)
         source = await self._first_source(candidates)
         restarts = last_restart = 0
         while True:
@@ -198,7 +207,7 @@ class Coordinator:
             if isinstance(outcome, plan.BootFailed) and (source is None or (outcome.phase in MAKING and not lost)):
                 raise error
             if isinstance(outcome, plan.BootFailed) and source is not None and not lost:
-                candidates.refuse(source.sequence)
+                candidates.refuse(source.sequence, error.message)
                 self._loud(f"checkpoint {source.sequence} cannot be restored: {error.message}")
                 if self._sequence is not None or (source := await candidates.newest()) is None:
                     raise error
@@ -206,19 +215,33 @@ class Coordinator:
                 continue
             self._event("lost", message=error.message, node=outcome.failure.node)
             if (source := await candidates.newest()) is None:
-                raise error
+                if fruitless(happened)[0] + 1 >= MAX_BOOTS:
+                    raise error
+                await self._move_on(error)  # as Slurm does itself with a job that has lost a node
+                return None
             restarts = restarts + 1 if source.sequence <= last_restart else 1
             last_restart = source.sequence
             if isinstance(outcome, plan.BootFailed) and outcome.phase in MAKING:
                 await self._move_on(error)
                 return None
             if restarts > MAX_RESTARTS:
-                raise error
+                raise error_for(
+                    error.code,
+                    f"{error.message}; it has been restored {MAX_RESTARTS} times since checkpoint {source.sequence}",
+                    f"once the cause is gone: scontrol requeue {self._step.key.job}",
+                )
             self._loud(f"{error.message}; restoring checkpoint {source.sequence} in place")
+
+    def _afresh(self) -> str:
+        job = self._step.key.job
+        if self._batch:
+            return f"to start from the beginning: hpccr rm --force {job}; scontrol requeue {job} (or sbatch a new job)"
+        return "`hpccr run --fresh` starts from the beginning"
 
     async def _move_on(self, error: HpccrError) -> None:
         """A node of the allocation does not answer: let Slurm find others. Raises `error` where it cannot."""
         self._loud(f"{error.message}; requeueing the job")
+        self._checkpoints.leaving = True  # the SIGTERM that follows is no news
         try:
             await asyncio.to_thread(self._site.move)
         except HpccrError as refused:
@@ -238,6 +261,7 @@ class Coordinator:
         self, command: Command, capsules: int, source: Manifest | None, endpoint: EndpointRecord
     ) -> plan.Finished | plan.BootFailed | plan.StepLost | Requeued:
         assert self._streams is not None and self._ended is not None  # noqa: S101 - set first thing in run()
+        self._succession.check()
         self._incarnation += 1
         self._placement = place(capsules, self._site.nodes)
         self._record("restoring" if source else "starting")
@@ -274,43 +298,75 @@ class Coordinator:
             self._boot = boot
             boot.begin()
             watch = asyncio.create_task(self._watch_running(boot))
+            succeeded = asyncio.create_task(self._succession.superseded())
             try:
-                await asyncio.wait((boot.outcome, self._ended), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((boot.outcome, self._ended, succeeded), return_when=asyncio.FIRST_COMPLETED)
+                if succeeded.done():
+                    raise succeeded.result()
                 return boot.outcome.result() if boot.outcome.done() else self._ended.result()
             finally:
-                watch.cancel()
-                await asyncio.gather(watch, return_exceptions=True)
+                for task in (watch, succeeded):
+                    task.cancel()
+                await asyncio.gather(watch, succeeded, return_exceptions=True)
                 await boot.destroy()
         finally:
             self._boot = None
             for member in self._joined:
                 await member.channel.close()
-            await agents.stop()
+            # The helper of a node that is gone never ends.
+            gone = len(self._joined) < len(self._placement) or any(member.lost for member in self._joined)
+            await agents.stop(LOST_STEP_TIMEOUT if gone else STEP_END_TIMEOUT)
 
     async def _watch_running(self, boot: Boot) -> None:
         """Once the job runs: say so, and make checkpoints by the clock."""
         await boot.running.wait()
         self._record("running")
+        try:
+            await asyncio.to_thread(self._site.at_work)
+        except HpccrError as error:
+            log.warning("cannot set the job's comment: %s", error.message)
         config = self._config.checkpoint
         await Timekeeper(
             interval=parse_interval(config.interval),
-            mtbf=config.node_mtbf / len(set(self._placement)),
+            rate=await self._failure_rate(),
+            nodes=len(set(self._placement)),
             costs=lambda: self._checkpoints.costs,
             end_time=self._site.end_time if config.at_limit == "requeue" else None,
             checkpoint=lambda: self._checkpoints.make(boot, "interval", wait=config.backlog == "wait"),
             leave=lambda: self._checkpoints.leave(boot, "time limit"),
-            log_choice=lambda text: self._event("interval", text=text),
+            log_choice=self._note,
+            planned=self._planned,
         ).run()
+
+    def _note(self, text: str) -> None:
+        log.info("%s", text)
+        self._event("interval", text=text)
+
+    async def _failure_rate(self) -> FailureRate:
+        if self._config.checkpoint.interval != "auto":
+            return FailureRate(USUAL_MTBF, "")  # nobody looks at it
+        if (configured := self._config.checkpoint.node_mtbf) > 0:
+            return FailureRate(configured, "checkpoint.node_mtbf")
+        try:
+            return await asyncio.to_thread(self._site.failure_rate)
+        except HpccrError as error:
+            log.warning("Slurm does not tell of its nodes: %s", error.message)
+            return FailureRate(USUAL_MTBF, "what is usual for a node")
+
+    def _planned(self, due: float | None) -> None:
+        self._due = due
+        self._record("running")
 
     async def _wait_joined(self, agents: Agents) -> m.Failed | None:
         timeout = self._config.checkpoint.agent_timeout
         joined = asyncio.create_task(self._all_joined.wait())
-        waits: list[asyncio.Task[Any]] = [joined, *([agents.step_ended] if agents.step_ended else [])]
+        assert self._ended is not None  # noqa: S101 - set first thing in run()
+        waits: list[asyncio.Future[Any]] = [joined, self._ended, *([agents.step_ended] if agents.step_ended else [])]
         try:
             await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             joined.cancel()
-        if self._join_failure is not None or self._all_joined.is_set():
+        if self._join_failure is not None or self._all_joined.is_set() or self._ended.done():
             return self._join_failure
         missing = set(self._placement) - {member.join.node for member in self._joined}
         what = f"no agent joined from {', '.join(sorted(missing)) or 'this node'}"
@@ -388,6 +444,19 @@ class Coordinator:
         for number in PASSED_ON:
             loop.add_signal_handler(number, self._pass_on, number)
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGTSTP, self._suspend, True)
+        loop.add_signal_handler(signal.SIGCONT, self._suspend, False)
+
+    def _suspend(self, suspended: bool) -> None:
+        """`scontrol suspend` sends SIGTSTP 2 s before the job is frozen, and `scontrol resume` SIGCONT (as does every
+        requeue). A checkpoint that was caught half-way would wait, with the tasks of some nodes in CRIU's hands."""
+        self._checkpoints.suspended = suspended
+        if self._boot is None:
+            return
+        if suspended:
+            self._boot.cancel("the job is being suspended")
+        else:
+            self._boot.signal(signal.SIGCONT)
 
     def _pass_on(self, number: signal.Signals) -> None:
         if number == signal.SIGUSR1 and self._batch:
@@ -452,4 +521,5 @@ class Coordinator:
             nodes=self._placement,
             incarnation=self._incarnation,
             started=self._started,
+            due=self._due,
         )

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from hpccr.agent.service import SILENCE, enable_keepalive, heartbeat
+from hpccr.agent.service import SILENCE, enable_keepalive, heartbeat, receive
 from hpccr.errors import HpccrError
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
@@ -120,8 +120,7 @@ class Server:
         reason = "its agent has ended"
         try:
             while True:
-                async with asyncio.timeout(SILENCE):
-                    message = await member.channel.receive()
+                message = await receive(member.channel)
                 if message is None:
                     break
                 if not isinstance(message, m.Ping):

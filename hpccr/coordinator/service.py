@@ -32,6 +32,8 @@ DESTROY_TIMEOUT = 30.0
 """Seconds hpccrd has to take a capsule down; its agent's connection is closed after that, which does the same."""
 PAUSES = (0.1, 0.3, 1.0, 3.0)
 """Seconds before each further attempt when a checkpoint met a connection that was just being made."""
+STOPPED = 5.0
+"""Seconds after which a timer that comes too late says that this process was stopped, and not just slow."""
 BARRIER_TIMEOUT = 60.0
 """Seconds for the phases that only let go: resume, unhold, release, abort."""
 
@@ -182,9 +184,21 @@ class Boot:
 
     def _request(self, phase: Phase, capsules: tuple[int, ...]) -> None:
         log.debug("%s: %d capsules", phase, len(capsules))
-        self._deadline = self._loop.call_later(self._timeout(phase), lambda: self.feed(plan.Deadline(phase)))
+        self._arm(phase)
         for capsule in capsules:
             self._members[capsule].post(self._message_for(phase, capsule))
+
+    def _arm(self, phase: Phase) -> None:
+        """Set the phase's deadline. Time in which this process did not run (`scontrol suspend`) does not count."""
+        due = self._loop.time() + self._timeout(phase)
+
+        def late() -> None:
+            if self._loop.time() - due > STOPPED:
+                self._arm(phase)
+            else:
+                self.feed(plan.Deadline(phase))
+
+        self._deadline = self._loop.call_at(due, late)
 
     def _timeout(self, phase: Phase) -> float:
         limits = self._config.checkpoint
@@ -441,6 +455,10 @@ class Boot:
         if not task.done():
             task.cancel()
             raise HpccrError("the job has ended")
+
+    def cancel(self, reason: str) -> None:
+        """Give the checkpoint under way up, if there is one and it still can be."""
+        self.feed(plan.Cancel(reason))
 
     def signal(self, signum: int) -> None:
         """Pass a signal to the job's command."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hpccr.errors import HpccrError, UnsupportedError
 from hpccr.slurm.env import Allocation
-from hpccr.slurm.query import JobQuery
+from hpccr.slurm.nodes import USUAL_MTBF, FailureRate, estimate_mtbf
+from hpccr.slurm.query import WAITING, JobQuery
 from hpccr.slurm.steps import agent_step_command, agent_step_environment
 
 COMMENT = "hpccr: "
@@ -38,6 +40,13 @@ class Site:
         """When the job's time limit ends it, seconds since the epoch; None: never. Raises HpccrError."""
         return None
 
+    def failure_rate(self) -> FailureRate:
+        """How often a node like these fails. Raises HpccrError."""
+        return FailureRate(USUAL_MTBF, "what is usual for a node")
+
+    def at_work(self) -> None:
+        """Tell those who look that the job is being looked after from now on. Raises HpccrError."""
+
     def show(self, text: str) -> None:
         """Show users a line on the job's state, where they look at jobs. Raises HpccrError."""
 
@@ -46,6 +55,9 @@ class Site:
 
     def requeue(self) -> None:
         """Put the job back into the queue; it will be killed and started again. Raises HpccrError."""
+
+    def ensure_requeued(self) -> None:
+        """Requeue a job that is to leave, unless that is under way already. Raises HpccrError."""
 
     def move(self) -> None:
         """Requeue a job whose allocation is of no use any more. Raises HpccrError."""
@@ -82,6 +94,13 @@ class SlurmSite(Site):
     def end_time(self) -> float | None:
         return self._query.job(self._allocation.job).end_time
 
+    def failure_rate(self) -> FailureRate:
+        return estimate_mtbf(self._query.nodes(), time.time())
+
+    def at_work(self) -> None:
+        if self._query.job(self._allocation.job).comment == WAITING:
+            self._query.set_comment(self._allocation.job, COMMENT + "no checkpoint yet")
+
     def show(self, text: str) -> None:
         # Users have a comment of their own: that one stays.
         comment = self._query.job(self._allocation.job).comment
@@ -99,7 +118,15 @@ class SlurmSite(Site):
     def requeue(self) -> None:
         self._query.requeue(self._allocation.job)
 
+    def ensure_requeued(self) -> None:
+        # In a GraceTime Slurm would requeue it later. A batch script that ends before is requeued as well, but counts:
+        # the sixth such end holds the job (MaxBatchRequeue). And somebody is waiting for the nodes.
+        if self._query.job(self._allocation.job).running:
+            self._query.requeue(self._allocation.job)
+
     def move(self) -> None:
+        if self._query.job(self._allocation.job).restarts > self._allocation.restarts:
+            return  # Slurm has noticed by itself that a node is gone
         self.check_requeue()
         self.requeue()
 

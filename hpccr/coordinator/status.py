@@ -56,6 +56,8 @@ class StepStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting: bool = False
     """A checkpoint was asked for and waits for the one before to be in the store."""
     last_error: str = ""
+    due: float | None = None
+    """When the next checkpoint by the clock begins (by interval, or before the time limit), seconds since the epoch."""
 
 
 def encode_status(status: StepStatus) -> str:

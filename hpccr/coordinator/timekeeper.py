@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from hpccr.coordinator.schedule import Costs, Interval, last_moment, next_periodic
 from hpccr.errors import HpccrError
+from hpccr.slurm.nodes import FailureRate
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +26,34 @@ class Timekeeper:
         self,
         *,
         interval: Interval | None,
-        mtbf: float,
+        rate: FailureRate,
+        nodes: int,
         costs: Callable[[], Costs],
         end_time: Callable[[], float | None] | None,
         checkpoint: Callable[[], Awaitable[object]],
         leave: Callable[[], Awaitable[object]],
         log_choice: Callable[[str], None],
+        planned: Callable[[float | None], None],
     ) -> None:
-        """mtbf: of the whole job, seconds. end_time: asks when the time limit ends the job (blocking, may raise
-        HpccrError); None: nothing is to be done about it. checkpoint, leave: make a checkpoint that the job runs on
-        after, or the last one with a requeue; both raise HpccrError."""
+        """rate: of one of the job's nodes, of which it has `nodes`. log_choice: told what "auto" has chosen. planned:
+        told when the next checkpoint will begin, None if none is due. end_time: asks when the time limit ends the job
+        (blocking, may raise HpccrError); None: nothing is to be done about it. checkpoint, leave: make a checkpoint
+        that the job runs on after, or the last one with a requeue; both raise HpccrError."""
         self._interval = interval
-        self._mtbf = mtbf
+        self._rate = rate
+        self._nodes = nodes
         self._costs = costs
         self._end_time = end_time
         self._checkpoint = checkpoint
         self._leave = leave
         self._log_choice = log_choice
+        self._planned = planned
 
     async def run(self) -> None:
         """Never returns by itself but after the job has left."""
         since = last = time.time()
         told: float | None = None
+        planned: float | None = None
         while True:
             now = time.time()
             due = self._due(last)
@@ -54,8 +61,12 @@ class Timekeeper:
                 chosen = round(due - last)
                 if told is None or abs(chosen - told) > told / 10:
                     told = chosen
-                    self._log_choice(f"a checkpoint every {chosen} s, for a failure every {self._mtbf:.0f} s")
+                    self._log_choice(self._choice(chosen))
             limit = await self._limit(since)
+            following = min((moment for moment in (due, limit) if moment is not None), default=None)
+            if following != planned:
+                planned = following
+                self._planned(planned)
             if limit is not None and now >= limit:
                 if await self._try(self._leave, "before the time limit"):
                     return
@@ -69,10 +80,18 @@ class Timekeeper:
             moments = [moment for moment in (due, limit, now + LOOK_AGAIN) if moment is not None]
             await asyncio.sleep(max(0.0, min(moments) - now))
 
+    def _choice(self, seconds: int) -> str:
+        cost = self._costs().frozen
+        stops = f"it stops the job for {cost:.2g} s" if cost else "nobody knows yet for how long it stops the job"
+        return (
+            f"auto: a checkpoint every {seconds} s: {stops}, and one of {self._nodes} nodes fails every "
+            f"{self._rate.mtbf / self._nodes / 86400:.3g} days ({self._rate.basis})"
+        )
+
     def _due(self, last: float) -> float | None:
         if self._interval is None:
             return None
-        return next_periodic(self._interval, last=last, costs=self._costs(), mtbf=self._mtbf)
+        return next_periodic(self._interval, last=last, costs=self._costs(), mtbf=self._rate.mtbf / self._nodes)
 
     async def _limit(self, since: float) -> float | None:
         if self._end_time is None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from hpccr.slurm.hostlist import expand
+from hpccr.slurm.nodes import NodeInfo
 from hpccr.slurm.query import Cause, JobInfo, SlurmError, UnknownJobError, cause
 
 COMMENT_LIMIT = 1024
@@ -48,6 +49,14 @@ class CommandQuery:
         found = _jobs(self._run(["squeue", "--json", f"--user={user}"]), f"jobs of {user}")
         return sorted(found, key=lambda info: int(info.job))
 
+    def nodes(self) -> list[NodeInfo]:
+        output = self._run(["scontrol", "show", "nodes", "--json"])
+        try:
+            return [_node(node) for node in msgspec.json.decode(output, type=dict[str, Any])["nodes"]]
+        except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise SlurmError(f"cannot understand what Slurm says of its nodes: {what}") from None
+
     def requeue(self, job: str) -> None:
         check_job(job)
         self._run(["scontrol", "requeue", job])
@@ -58,8 +67,7 @@ class CommandQuery:
 
     def set_comment(self, job: str, text: str) -> None:
         check_job(job)
-        text = " ".join(text.split()).encode()[:COMMENT_LIMIT].decode(errors="ignore")
-        self._run(["scontrol", "update", f"JobId={job}", f"Comment={text}"])
+        self._run(["scontrol", "update", f"JobId={job}", f"Comment={one_line(text)}"])
 
     def why_signalled(self, job: str, restarts: int) -> Cause:
         return cause(self.job(job), restarts)
@@ -83,18 +91,23 @@ def run_command(command: Sequence[str], *, timeout: float, environ: Mapping[str,
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on the PATH", hint="install Slurm's client commands") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{shown}` did not end within {timeout:.0f} s", hint=_hint("timed out")) from None
+        raise SlurmError(f"`{shown}` did not end within {timeout:.0f} s", hint=explain("timed out")) from None
     except OSError as error:
         raise SlurmError(f"cannot run `{shown}`: {error.strerror}") from None
     complaint = done.stderr.decode(errors="replace").strip()
     if "Invalid job id" in complaint:
         # scontrol --json then exits 0 and prints an empty list.
-        raise UnknownJobError(f"`{shown}`: {complaint.splitlines()[-1]}", hint=_hint(complaint))
+        raise UnknownJobError(f"`{shown}`: {complaint.splitlines()[-1]}", hint=explain(complaint))
     if done.returncode:
         last = (complaint or done.stdout.decode(errors="replace").strip()).splitlines()[-1:]
         what = last[0] if last else "no message"
-        raise SlurmError(f"`{shown}` failed with exit code {done.returncode}: {what}", hint=_hint(complaint))
+        raise SlurmError(f"`{shown}` failed with exit code {done.returncode}: {what}", hint=explain(complaint))
     return done.stdout
+
+
+def has_plugin(*, timeout: float = 30.0) -> bool:
+    """Whether this machine's Slurm has loaded spank_hpccr: whether it knows its options. Raises SlurmError."""
+    return b"--hpccr-checkpoint" in run_command(["sbatch", "--help"], timeout=timeout)
 
 
 def check_job(job: str) -> None:
@@ -103,7 +116,13 @@ def check_job(job: str) -> None:
         raise SlurmError(f"{job!r} is not the id of a Slurm job", hint="`squeue --me` lists your jobs")
 
 
-def _hint(complaint: str) -> str:
+def one_line(text: str) -> str:
+    """A text as a comment may be: one line, cut to COMMENT_LIMIT."""
+    return " ".join(text.split()).encode()[:COMMENT_LIMIT].decode(errors="ignore")
+
+
+def explain(complaint: str) -> str:
+    """What to do about something that Slurm complains of; may be empty."""
     lower = complaint.lower()
     return next((hint for word, hint in _HINTS if word in lower), "")
 
@@ -153,6 +172,17 @@ def _job(job: dict[str, Any], cluster: str) -> JobInfo:
         start_time=_number(job.get("start_time")) or None,
         end_time=_number(job.get("end_time")) or None,
         preempt_time=_number(job.get("preempt_time")) or None,
+    )
+
+
+def _node(node: dict[str, Any]) -> NodeInfo:
+    return NodeInfo(
+        name=node["name"],
+        states=_words(node["state"]),
+        partitions=tuple(node.get("partitions") or ()),
+        reason=node.get("reason") or "",
+        boot_time=_number(node.get("boot_time")) or None,
+        reason_time=_number(node.get("reason_changed_at")) or None,
     )
 
 

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from hpccr.errors import HpccrError
+from hpccr.slurm.nodes import NodeInfo
 
 Cause = Literal["requeue", "preempted", "cancelled", "timeout", "node_fail", "unknown"]
+
+
+WAITING = "hpccr: waiting to start"
+"""The Comment of a job that asked for checkpoints, until `hpccr run` is at work in it (slurm_plugin/submit.c)."""
 
 
 class SlurmError(HpccrError):
@@ -54,7 +59,7 @@ class JobInfo:
 class JobQuery(Protocol):
     """Slurm, as far as hpccr needs it.
 
-    Every method blocks for at most `timeout` seconds (set when the backend is made) and raises SlurmError with a hint
+    Every method blocks until Slurm answers or a timeout is over (see job_query) and raises SlurmError with a hint
     when Slurm does not answer or refuses; UnknownJobError when it knows no such job.
     """
 
@@ -63,6 +68,9 @@ class JobQuery(Protocol):
 
     def jobs(self, user: str) -> list[JobInfo]:
         """All pending, running and completing jobs of a user, by job id."""
+
+    def nodes(self) -> list[NodeInfo]:
+        """All nodes of the cluster, in Slurm's order."""
 
     def requeue(self, job: str) -> None:
         """Kill the job and put it back into the queue, to start under the same id. Only owner and administrator may.
@@ -81,9 +89,15 @@ class JobQuery(Protocol):
 
 
 def job_query(*, timeout: float = 30.0) -> JobQuery:
-    """The way to talk to the Slurm of this machine. timeout: seconds for each call."""
-    from hpccr.slurm.commands import CommandQuery
+    """The way to talk to the Slurm of this machine: pyslurm where it fits it, else commands.
 
+    timeout: seconds for each command; pyslurm's calls take as long as Slurm's own timeouts let them.
+    """
+    from hpccr.slurm.commands import CommandQuery
+    from hpccr.slurm.library import PyslurmQuery, matching
+
+    if not matching():
+        return PyslurmQuery(timeout=timeout)
     return CommandQuery(timeout=timeout)
 
 

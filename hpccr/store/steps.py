@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from hpccr.model import StepKey
 from hpccr.store import publish
 from hpccr.store.layout import Step, Store
@@ -22,3 +24,9 @@ def claim_step(store: Store, cluster: str, job: str, incarnation: int) -> Step:
         if publish.claim(step.path / f"run-{incarnation}"):
             return step
         number += 1
+
+
+def last_run(step: Step) -> int:
+    """The highest incarnation that has claimed the step; -1 if none has. Raises OSError."""
+    runs = [name.removeprefix("run-") for name in os.listdir(step.path) if name.startswith("run-")]
+    return max((int(run) for run in runs if run.isdecimal()), default=-1)

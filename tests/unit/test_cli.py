@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from test_store import record, the_pack, write, write_manifest
 
@@ -208,6 +209,49 @@ def test_list(hpccr: Call, step: Step) -> None:
     publish.publish(step.record_path, record("finished", 0))
     assert hpccr("list", "--json").json == []
     assert hpccr("list", "--json", "--all").json[0]["state"] == "finished"
+
+
+def slurm_job(number: int, state: str, **more: Any) -> dict[str, Any]:
+    """A job of ours as squeue shows it."""
+    return {
+        "job_id": number,
+        "cluster": "tb",
+        "user_id": os.geteuid(),
+        "job_state": [state],
+        "batch_host": "node7",
+        "start_time": time.time() - 3600,
+        **more,
+    }
+
+
+def test_list_with_what_slurm_says(hpccr: Call, step: Step, tmp_path: Path) -> None:
+    """And with the time of the next checkpoint, while the job runs."""
+    publish.publish(step.endpoint_path, EndpointRecord(FORMAT, KEY, ("nowhere",), 1, new_secret(), 1, "nowhere"))
+    publish.publish(step.record_path, msgspec.structs.replace(record("running"), due=time.time() + 600))
+    squeue = tmp_path / "bin" / "squeue"
+
+    def listed(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
+        squeue.write_text(f"#!/bin/sh\nexec /bin/cat <<'END'\n{json.dumps({'jobs': jobs})}\nEND\n")
+        squeue.chmod(0o700)
+        found: list[dict[str, Any]] = hpccr("list", "--json").json
+        return found
+
+    assert [row["state"] for row in listed(slurm_job(17, "RUNNING"))] == ["running"]
+    assert hpccr("list").out.splitlines()[1].endswith("in 10 min")
+    assert [row["state"] for row in listed(slurm_job(17, "PENDING"))] == ["queued"]
+    assert [row["state"] for row in listed(slurm_job(17, "SUSPENDED"))] == ["suspended"]
+    assert [row["state"] for row in listed()] == ["stopped"] and hpccr("list").out.splitlines()[1].endswith("-")
+    waiting = {"comment": "hpccr: waiting to start"}
+    found = listed(
+        slurm_job(17, "RUNNING", **waiting),
+        slurm_job(18, "RUNNING", **waiting),
+        slurm_job(19, "PENDING", **waiting),
+        slurm_job(20, "RUNNING", comment="hpccr: no checkpoint yet"),
+        slurm_job(21, "RUNNING", **(waiting | {"start_time": time.time() - 10})),
+    )
+    assert [(row["job"], row["state"]) for row in found] == [("17", "running"), ("18", "unprotected")]
+    told = hpccr("list")
+    assert "tb-18" in told.out and "hint: has node7 the plugin?" in told.err
 
 
 def test_inspect(hpccr: Call, step: Step) -> None:
