@@ -295,8 +295,11 @@ class Lease:
     async def _do_prepare(self, request: m.Prepare) -> m.Prepared:
         config = self._node.config.checkpoint
         self._aborted = None
-        # The name is fresh though a failed checkpoint of the same number may still be on its way out.
-        directory = self._node.spool.create(f"{self.name}-{request.sequence}-{secrets.token_hex(2)}")
+        # By uid and job Slurm's epilog knows what it waits for (dist/epilog); the name is fresh though a failed
+        # checkpoint of the same number may still be on its way out.
+        whose = f"{self._who.uid}-{present(self._create).key.job}"
+        fresh = f"{self.name}-{request.sequence}-{secrets.token_hex(2)}"
+        directory = self._node.spool.create(f"{whose}-{fresh}")
         self._dumping = Dumping(request.sequence, request.checkpoint, directory)
         await self._images.supersede()
         fd = directory.open()

@@ -39,12 +39,17 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=30
+Epilog=/src/hpccr/noded/dist/epilog
+MailProg=/src/tests/testbed/mail
 InactiveLimit=0
 # Node failures are to be noticed while a test waits for them.
 SlurmdTimeout=10
 MessageTimeout=5
 SlurmctldTimeout=30
 SchedulerType=sched/backfill
+# Jobs of `urgent`, which take whole nodes, preempt those of `low` and, after a notice of 20 s, those of `grace`.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,bf_continue
 PriorityType=priority/basic
 AccountingStorageType=accounting_storage/none
@@ -60,7 +65,11 @@ SlurmdLogFile=/var/log/slurm/slurmd.log
 SlurmctldDebug=verbose
 SlurmdDebug=verbose
 NodeName={nodes} CPUs={CPUS} RealMemory={MEMORY_MB} State=UNKNOWN
-PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:64
+PartitionName=DEFAULT Nodes={nodes} MaxTime=INFINITE State=UP
+PartitionName=main Default=YES OverSubscribe=FORCE:64 PriorityTier=2 PreemptMode=OFF
+PartitionName=low OverSubscribe=FORCE:64 PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=grace OverSubscribe=FORCE:64 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=urgent OverSubscribe=EXCLUSIVE PriorityTier=3 PreemptMode=OFF
 """
 
 
