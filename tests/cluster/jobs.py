@@ -73,7 +73,8 @@ class Job:
     def slurm(self) -> Slurm:
         """Slurm's view of it now."""
         found = self.cluster.check("ctl", "scontrol", "show", "job", str(self.id), "--json")
-        (job,) = json.loads(found)["jobs"]
+        # Of an array's id Slurm shows all tasks.
+        (job,) = (job for job in json.loads(found)["jobs"] if job["job_id"] == self.id)
         listed = job["job_resources"].get("nodes", {}) if job.get("job_resources") else {}
         nodes = tuple(node["name"] for node in listed.get("allocation", ()))
         code = job["exit_code"]
@@ -286,6 +287,30 @@ class Jobs:
         job = Job(self.cluster, user, directory, int(said.split(";")[0]))
         if environment and "HPCCR_STORE_DIR" in environment:
             job.options["store"] = environment["HPCCR_STORE_DIR"]
+        self.all.append(job)
+        return job
+
+    def sbatch(
+        self,
+        body: str,
+        lines: Sequence[str] = (),
+        *,
+        nodes: int = 1,
+        tasks: int = 1,
+        options: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        interpreter: str = "/bin/bash",
+    ) -> Job:
+        """Submit a script with `lines` behind #SBATCH, `options` on the command line, `environment` set for sbatch."""
+        cluster, user = self.cluster, "user1"
+        directory = cluster.home(user) / self.name / f"script-{len(self.all)}"
+        header = [f"--nodes={nodes} --ntasks={tasks} --ntasks-per-node={tasks // nodes}", "--output=out.txt", *lines]
+        text = "\n".join([f"#!{interpreter}", *(f"#SBATCH {line}" for line in header), body, ""])
+        script = cluster.there(cluster.write(directory / "script", text, user))
+        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+        command = ["sbatch", "--parsable", f"--chdir={cluster.there(directory)}", *options, script, *arguments]
+        job = Job(cluster, user, directory, int(cluster.check("ctl", "env", *variables, *command, user=user)))
         self.all.append(job)
         return job
 

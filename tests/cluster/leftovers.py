@@ -53,7 +53,7 @@ def mounts() -> list[str]:
 
 
 def network_namespaces() -> list[str]:
-    """Inodes, of processes and of open descriptors."""
+    """Inodes, of processes and of open descriptors. The node's own is called so: it has another after a reboot."""
     found = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
@@ -66,7 +66,8 @@ def network_namespaces() -> list[str]:
                     found.add(target)
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return sorted(found)
+    own = os.readlink("/proc/1/ns/net")
+    return sorted("own" if name == own else name for name in found)
 
 
 def links() -> list[str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -19,31 +20,6 @@ from workloads import SOURCES, Workloads
 
 CONFIGURATION = "/etc/slurm/plugstack.conf.d/hpccr.conf"
 SOCKET = "/run/hpccr/hpccrd.sock"
-
-
-def sbatch(
-    jobs: Jobs,
-    body: str,
-    lines: Sequence[str] = (),
-    *,
-    nodes: int = 1,
-    tasks: int = 1,
-    options: Sequence[str] = (),
-    environment: dict[str, str] | None = None,
-    arguments: Sequence[str] = (),
-    interpreter: str = "/bin/bash",
-) -> Job:
-    """Submit a script with `lines` behind #SBATCH, `options` on the command line, `environment` set for sbatch."""
-    cluster, user = jobs.cluster, "user1"
-    directory = cluster.home(user) / jobs.name / f"script-{len(jobs.all)}"
-    header = [f"--nodes={nodes} --ntasks={tasks} --ntasks-per-node={tasks // nodes}", "--output=out.txt", *lines]
-    text = "\n".join([f"#!{interpreter}", *(f"#SBATCH {line}" for line in header), body, ""])
-    script = cluster.there(cluster.write(directory / "script", text, user))
-    variables = [f"{name}={value}" for name, value in (environment or {}).items()]
-    command = ["sbatch", "--parsable", f"--chdir={cluster.there(directory)}", *options, script, *arguments]
-    job = Job(cluster, user, directory, int(cluster.check("ctl", "env", *variables, *command, user=user)))
-    jobs.all.append(job)
-    return job
 
 
 def refusal(cluster: Cluster, *command: str) -> str:
@@ -64,9 +40,9 @@ def variables(job: Job) -> dict[str, str]:
 
 
 @contextmanager
-def plugin(cluster: Cluster, line: str) -> Iterator[None]:
-    """Another line for the plugin in every node's plugstack.conf.d."""
-    files = [cluster.root(node) / CONFIGURATION[1:] for node in ("ctl", *cluster.nodes)]
+def plugin(cluster: Cluster, line: str, *nodes: str) -> Iterator[None]:
+    """Another line for the plugin in the plugstack.conf.d of these nodes, or of all."""
+    files = [cluster.root(node) / CONFIGURATION[1:] for node in nodes or ("ctl", *cluster.nodes)]
     before = files[0].read_text()
     for file in files:
         file.write_text(line)
@@ -75,6 +51,22 @@ def plugin(cluster: Cluster, line: str) -> Iterator[None]:
     finally:
         for file in files:
             file.write_text(before)
+
+
+def accounted(job: Job) -> list[tuple[str, str, str]]:
+    """State, exit code and derived exit code of each run of a job in the log of completed ones."""
+    log = job.cluster.check("ctl", "grep", f"^JobId={job.id} ", "/var/log/slurm/jobcomp.log")
+    found = []
+    for line in log.splitlines():
+        values = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        found.append((values["JobState"], values["ExitCode"], values["DerivedExitCode"]))
+    return found
+
+
+def mails(job: Job) -> list[str]:
+    """What Slurm has written to the user of a job: "Began", "Ended" ..."""
+    log = job.cluster.check("ctl", "grep", f"Job_id={job.id} ", "/var/log/slurm/mail.log")
+    return [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
 
 
 def undrained(cluster: Cluster) -> bool:
@@ -116,21 +108,20 @@ def test_values_reach_the_job(jobs: Jobs) -> None:
     """From each place that sbatch takes options from; the command line wins over variables, those over the script."""
     home = "/shared/home/user1"
     submitted = {
-        ("30", home + "/.hpccr", None): sbatch(jobs, "env", ["--checkpoint 30"]),
-        ("none", home + "/there", "3"): sbatch(
-            jobs,
+        ("30", home + "/.hpccr", None): jobs.sbatch("env", ["--checkpoint 30"]),
+        ("requeue", home + "/there", "3"): jobs.sbatch(
             "env",
-            ["--checkpoint=none", "--checkpoint-dir=~/there --hpccr-checkpoint-keep=5"],
+            ["--checkpoint=requeue", "--checkpoint-dir=~/there --hpccr-checkpoint-keep=5"],
             options=["--checkpoint-keep=3"],
         ),
-        ("2h", home + "/.hpccr", "4"): sbatch(
-            jobs, "env", ["--checkpoint=none"], environment={"SBATCH_CHECKPOINT": "2h", "SBATCH_CHECKPOINT_KEEP": "4"}
+        ("2h", home + "/.hpccr", "4"): jobs.sbatch(
+            "env", ["--checkpoint=requeue"], environment={"SBATCH_CHECKPOINT": "2h", "SBATCH_CHECKPOINT_KEEP": "4"}
         ),
-        ("01:30:00", home + "/.hpccr", None): sbatch(
-            jobs, "env", options=["--hpccr-checkpoint=01:30:00"], environment={"SBATCH_CHECKPOINT": "2h"}
+        ("01:30:00", home + "/.hpccr", None): jobs.sbatch(
+            "env", options=["--hpccr-checkpoint=01:30:00"], environment={"SBATCH_CHECKPOINT": "2h"}
         ),
         # Nothing of the environment is exported, and no interval is given: the site's default.
-        ("auto", home + "/.hpccr", "7"): sbatch(jobs, "env", ["--export=NONE", "--checkpoint-keep=7"]),
+        ("auto", home + "/.hpccr", "7"): jobs.sbatch("env", ["--export=NONE", "--checkpoint-keep=7"]),
     }
     try:
         for (interval, store, keep), job in submitted.items():
@@ -146,10 +137,10 @@ def test_values_reach_the_job(jobs: Jobs) -> None:
 
 def test_output_is_appended_to_and_the_job_may_be_requeued(jobs: Jobs) -> None:
     """... unless the user says otherwise, wherever."""
-    plain = sbatch(jobs, "env")
-    checkpointed = sbatch(jobs, "env", ["--checkpoint=none"])
-    by_command_line = sbatch(jobs, "env", options=["--checkpoint=none"])
-    chosen = sbatch(jobs, "env", ["--open-mode=truncate", "--no-requeue", "--checkpoint=none"])
+    plain = jobs.sbatch("env")
+    checkpointed = jobs.sbatch("env", ["--checkpoint=requeue"])
+    by_command_line = jobs.sbatch("env", options=["--checkpoint=requeue"])
+    chosen = jobs.sbatch("env", ["--open-mode=truncate", "--no-requeue", "--checkpoint=requeue"])
     for job in (plain, checkpointed, by_command_line, chosen):
         job.wait_success()
     modes = [variables(job).get("SLURM_OPEN_MODE") for job in (plain, checkpointed, by_command_line, chosen)]
@@ -192,10 +183,10 @@ def test_salloc_sets_the_variables_only(jobs: Jobs) -> None:
 )
 def test_a_job_without_the_option_is_untouched(jobs: Jobs, line: str) -> None:
     body = "env\nexit 4"
-    with_plugin = sbatch(jobs, body)
+    with_plugin = jobs.sbatch(body)
     assert with_plugin.wait_over().code == 4
     with plugin(jobs.cluster, line):
-        other = sbatch(jobs, body)
+        other = jobs.sbatch(body)
         assert other.wait_over().code == 4
     assert variables(with_plugin).keys() == variables(other).keys()
     assert with_plugin.said().count("\n") == other.said().count("\n")
@@ -205,10 +196,23 @@ def test_a_job_without_the_option_is_untouched(jobs: Jobs, line: str) -> None:
 
 def test_refused_where_hpccr_is_missing(jobs: Jobs) -> None:
     with plugin(jobs.cluster, "optional /usr/local/lib/slurm/spank_hpccr.so hpccr=/not/there/hpccr\n"):
-        job = sbatch(jobs, "echo unprotected", ["--checkpoint=30m"])
+        job = jobs.sbatch("echo unprotected", ["--checkpoint=30m"])
         assert job.wait_over().code == 13
     assert "this node has no /not/there/hpccr" in job.said() and "hint: " in job.said()
     assert "unprotected" not in job.said() and undrained(jobs.cluster)
+
+
+def test_noticed_where_the_plugin_is_missing(jobs: Jobs) -> None:
+    """Slurm drops the options there without a word; but the job's comment tells, and `hpccr doctor` compares."""
+    cluster = jobs.cluster
+    with plugin(cluster, "", cluster.nodes[0]):
+        job = jobs.sbatch("echo unprotected", options=["--checkpoint=30m", f"--nodelist={cluster.nodes[0]}"])
+        doctor = cluster.run("ctl", "hpccr", "doctor", "--nodes", ",".join(cluster.nodes[:2]), user="user1")
+        job.wait_success()
+    assert job.said() == "unprotected\n" and not job.store.exists()
+    assert show(job)["comment"] == "hpccr: waiting to start"
+    assert doctor.returncode == 1 and f"{cluster.nodes[0]}: not there" in doctor.stdout
+    assert "hint: sbatch --checkpoint: " in doctor.stdout
 
 
 def test_refused_where_hpccrd_is_missing(jobs: Jobs) -> None:
@@ -216,7 +220,7 @@ def test_refused_where_hpccrd_is_missing(jobs: Jobs) -> None:
     for node in cluster.nodes:
         cluster.check(node, "mv", SOCKET, f"{SOCKET}.away")
     try:
-        job = sbatch(jobs, "echo unprotected", ["--checkpoint=30m"])
+        job = jobs.sbatch("echo unprotected", ["--checkpoint=30m"])
         assert job.wait_over().code == 13
     finally:
         for node in cluster.nodes:
@@ -244,8 +248,8 @@ rm /tmp/turns
 def test_a_loop_of_mpiruns_is_requeued_in_several_of_its_turns(jobs: Jobs, workloads: Workloads) -> None:
     """Its variables, its place in the loop, its files in /tmp: all go on. Each time on other nodes."""
     body = LOOP.format(mpirun=workloads.pairs(rounds(40, 200), max_bytes=1 << 20))
-    twin = sbatch(jobs, body, nodes=2, tasks=4)
-    job = sbatch(jobs, body, ["--checkpoint=none"], nodes=2, tasks=4)
+    twin = jobs.sbatch(body, nodes=2, tasks=4)
+    job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=2, tasks=4)
     turns = (1, 2, 3, 4, 5) if soak() else (2, 4)
     for turn in turns:
         job.wait_output(f"turn {turn} begins")
@@ -277,22 +281,24 @@ exit 6
 
 @pytest.mark.parametrize("how", ["scontrol", "hpccr"])
 def test_a_pipeline(jobs: Jobs, how: str) -> None:
-    """Neither mpirun nor MPI; and the exit code is the script's."""
+    """Neither mpirun nor MPI; and exit code, accounting and mail are the script's."""
     body = PIPELINE.format(lines=rounds(800, 4000))
-    twin = sbatch(jobs, body)
-    job = sbatch(jobs, body, ["--checkpoint=none"])
+    twin = jobs.sbatch(body, ["--mail-type=ALL"])
+    job = jobs.sbatch(body, ["--checkpoint=requeue", "--mail-type=ALL"])
     job.wait_output("\n50 ")
     job.requeue(how)
     assert job.wait_over().code == twin.wait_over().code == 6
     assert job.said() == twin.said()
     assert (job.directory / "copy.txt").read_text() == (twin.directory / "copy.txt").read_text()
+    assert accounted(job)[-1] == accounted(twin)[-1] == ("FAILED", "6:0", "0:0")
+    assert mails(twin) == ["Began", "Failed"] and mails(job) == ["Began", "Requeued", "Began", "Failed"]
 
 
 def test_a_python_script_with_arguments(jobs: Jobs) -> None:
     program = jobs.cluster.check("ctl", "cat", f"{SOURCES}/threads.py")
     given = ["--rounds", str(rounds(500, 2000)), "--work", "20000", "--log", "threads.log"]
-    twin = sbatch(jobs, program, interpreter="/usr/bin/python3", arguments=given)
-    job = sbatch(jobs, program, ["--checkpoint=none"], interpreter="/usr/bin/python3", arguments=given)
+    twin = jobs.sbatch(program, interpreter="/usr/bin/python3", arguments=given)
+    job = jobs.sbatch(program, ["--checkpoint=requeue"], interpreter="/usr/bin/python3", arguments=given)
     wait_for("output", lambda: job.output.exists() and job.output.stat().st_size)
     job.requeue("scontrol")
     job.wait_success()
@@ -315,7 +321,7 @@ NESTED = "#!/bin/sh\nenv\nmpirun.mpich -n 2 sh -c 'echo rank $PMI_RANK'\n"
 def test_commands_inside(jobs: Jobs) -> None:
     """hpccr and Slurm in a script that is checkpointed as a whole; and a job submitted from there is a plain one."""
     cluster = jobs.cluster
-    job = sbatch(jobs, f"cat > nested <<'END'\n{NESTED}END\n{INSIDE}", ["--checkpoint=none"])
+    job = jobs.sbatch(f"cat > nested <<'END'\n{NESTED}END\n{INSIDE}", ["--checkpoint=requeue"])
     job.wait_success()
     nested = Job(cluster, job.user, job.directory, int((job.directory / "nested.id").read_text()))
     jobs.all.append(nested)
@@ -340,7 +346,7 @@ while true; do sleep 0.1; done
 
 
 def test_signals_reach_the_script(jobs: Jobs) -> None:
-    job = sbatch(jobs, TRAPS, ["--checkpoint=none"])
+    job = jobs.sbatch(TRAPS, ["--checkpoint=requeue"])
     job.wait_output("ready")
     job.requeue()
     job.signal("USR2", "--batch")
@@ -358,12 +364,15 @@ COUNT = 'for number in $(seq {count}); do echo "$number"; sleep 0.1; done'
 
 
 def test_by_interval_and_by_signal(jobs: Jobs) -> None:
-    job = sbatch(jobs, COUNT.format(count=100000), ["--checkpoint=10s"])
+    job = jobs.sbatch(COUNT.format(count=100000), ["--checkpoint=10s"])
+    job.wait_event("durable", 1)
+    (row,) = json.loads(job.cluster.check("ctl", "hpccr", "list", "--json", user=job.user))
+    assert row["state"] == "running" and abs(row["due"] - time.time()) <= 15
     job.wait_event("durable", 2)
-    assert [event["reason"] for event in job.events("released")] == ["interval", "interval"]
+    wait_for("a comment", lambda: re.match(r"hpccr: checkpoint \d of \S+, \d+ MiB$", str(show(job)["comment"])))
+    assert [event["reason"] for event in job.events("released")[:2]] == ["interval", "interval"]
     job.signal("USR1", "--batch")
-    job.wait_event("released", 3)
-    assert job.events("released")[2]["reason"] == "signal"
+    wait_for("a checkpoint by signal", lambda: "signal" in [event["reason"] for event in job.events("released")])
     job.requeue()
     job.cancel()
     # Slurm's own line says that it was cancelled, and comes where the output was then.
@@ -371,9 +380,60 @@ def test_by_interval_and_by_signal(jobs: Jobs) -> None:
     assert lines[: len(lines) - 1] == [str(number + 1) for number in range(len(lines) - 1)]
 
 
-def test_a_job_that_is_longer_than_its_time_limit(jobs: Jobs) -> None:
-    count = rounds(650, 3000)
-    job = sbatch(jobs, COUNT.format(count=count), ["--checkpoint=none", "--time=1"])
-    ended = job.wait_over(within=200)
-    assert ended.states == {"COMPLETED"} and ended.restarts >= 1
-    assert job.said() == "".join(f"{number + 1}\n" for number in range(count))
+# --- many jobs --------------------------------------------------------------------------------------------------------
+
+
+def test_an_array_of_six_a_job_that_waits_for_its_end_and_a_time_limit(jobs: Jobs) -> None:
+    """Requeued all at once, two by two on a node; what depends on them starts when the last has really ended.
+
+    At the same time one that is longer than its time limit.
+    """
+    steps = rounds(650, 3600)
+    limited = jobs.sbatch(COUNT.format(count=steps), ["--checkpoint=auto", f"--time={rounds(1, 2)}"])
+    cluster, count = jobs.cluster, rounds(60, 600)
+    line = 'echo "task $SLURM_ARRAY_TASK_ID: $number $(echo $SLURM_ARRAY_TASK_ID.$number | sha256sum | cut -c 1-8)"'
+    body = f"for number in $(seq {count}); do {line}; sleep 0.1; done"
+    array = ["--array=1-6", "--output=out-%a.txt"]
+    twin = jobs.sbatch(body, array)
+    job = jobs.sbatch(body, ["--checkpoint=requeue", *array])
+    after = jobs.sbatch("date +%s.%N", options=[f"--dependency=afterok:{job.id}"])
+    outputs = [job.directory / f"out-{task}.txt" for task in range(1, 7)]
+    wait_for("output of all tasks", lambda: all(path.exists() and path.stat().st_size for path in outputs))
+    # One by its name in the array, by a command of hpccr; and all the others by one of Slurm's.
+    assert "checkpoint 1 of" in cluster.check("ctl", "hpccr", "checkpoint", f"{job.id}_3", user=job.user)
+    cluster.check("ctl", "scontrol", "requeue", str(job.id), user=job.user)
+    after.wait_success()
+    tasks = json.loads(cluster.check("ctl", "scontrol", "show", "job", str(job.id), "--json"))["jobs"]
+    assert len(tasks) == 6
+    for found in tasks:
+        number, task = found["job_id"], found["array_task_id"]["number"]
+        assert found["job_state"] == ["COMPLETED"] and found["restart_cnt"] == 1
+        part = Job(cluster, job.user, job.directory, number)
+        if number != job.id:
+            jobs.all.append(part)
+        assert len(part.events("restored")) == 1
+        assert float(after.said()) > part.events("finished")[0]["time"]
+        assert (job.directory / f"out-{task}.txt").read_text() == (twin.directory / f"out-{task}.txt").read_text()
+    ended = limited.wait_over(within=rounds(200, 800))
+    assert ended.states == {"COMPLETED"} and ended.restarts >= rounds(1, 3)
+    assert "time limit" in [event["reason"] for event in limited.events("released")]
+    assert limited.events("interval")[0]["text"].startswith("auto: a checkpoint every ")
+    assert "Slurm's records" in limited.events("interval")[0]["text"]
+    assert limited.said() == "".join(f"{number + 1}\n" for number in range(steps))
+    wait_for("the twin's end", lambda: not cluster.check("ctl", "squeue", "-h", "-j", str(twin.id)).strip())
+
+
+def test_not_wrapped_at_all(jobs: Jobs) -> None:
+    """`none` takes back what the script, a variable or another spelling has said."""
+    lines = ["--checkpoint=30m", "--hpccr-checkpoint=2h", "--checkpoint-keep=3"]
+    variable = {"SBATCH_CHECKPOINT": "1h"}
+    submitted = [
+        jobs.sbatch("env", lines, options=["--checkpoint=none"], environment=variable),
+        jobs.sbatch("env", lines, options=["--hpccr-checkpoint=none"], environment=variable),
+        jobs.sbatch("env", environment={"SBATCH_CHECKPOINT": "none"}),
+    ]
+    for job in submitted:
+        job.wait_success()
+        found = variables(job)
+        assert not [name for name in found if name.startswith("HPCCR_")]
+        assert "SLURM_OPEN_MODE" not in found and not job.store.exists() and not show(job)["comment"]

@@ -13,6 +13,8 @@ ENDLESS = 1_000_000_000
 RATE = 100
 """Steps per second of such a job, which has to be there and not to be quick."""
 SOURCES = "/src/tests/cluster/programs"
+ENOUGH = "enough"
+"""The file in a counter's directory that ends it."""
 # More ranks than this machine has processors: without this every rank that waits takes the others' turn.
 OPEN_MPI = "mpirun.openmpi --map-by ppr:{each}:node --mca mpi_yield_when_idle 1 -n {ranks}"
 NICE = "nice"
@@ -89,6 +91,33 @@ class Workloads:
             finally:
                 jobs.clear()
         return self._twins[f"{command} > {file}"]
+
+
+def counter() -> str:
+    """Lines of a shell script that counts until its working directory has the file ENOUGH; check_counter() knows it."""
+    return f"""\
+number=0 sum=0
+until [ -e {ENOUGH} ]; do
+    number=$((number + 1)) sum=$(((sum * 31 + number) % 1000003))
+    echo "$number $sum"
+    sleep 0.1
+done
+echo "counted to $number"
+"""
+
+
+def check_counter(said: str) -> None:
+    """What a counter has printed is what an undisturbed one prints: each number once, and its end."""
+    lines = said.splitlines()
+    count = len(lines) - 1
+    expected, total = [], 0
+    for number in range(1, count + 1):
+        total = (total * 31 + number) % 1000003
+        expected.append(f"{number} {total}")
+    expected.append(f"counted to {count}")
+    both = enumerate(zip(lines, expected, strict=False))
+    wrong = [f"line {at + 1}: {found!r}, not {line!r}" for at, (found, line) in both if found != line]
+    assert lines == expected and count > 0, "; ".join(wrong[:3])
 
 
 def thermo(text: str) -> str:

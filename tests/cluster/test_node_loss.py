@@ -1,0 +1,141 @@
+"""Nodes that go: powered off without warning, or cut off from the network. And checkpoints that cannot be restored."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jobs import Job, Jobs
+from nodes import TESTBED, Cluster
+from test_preemption import computes, finish
+from waiting import rounds, wait_for
+from workloads import ENOUGH, Workloads, counter
+
+OF_A_JOB = r"hpccr (run|agent)|hpccr\.noded\.init|slurm_script"
+LOSS = 120
+"""Seconds from the loss of a node until the job runs again: its silence, Slurm's SlurmdTimeout, the requeue delay."""
+
+
+def do(cluster: Cluster, *words: str) -> None:
+    subprocess.run([sys.executable, TESTBED, *words], check=True, env=cluster.environment, timeout=90)
+
+
+@contextmanager
+def without(cluster: Cluster, *, dead: str = "", cut: str = "") -> Iterator[None]:
+    """A node is off, and another one cut off, in this block; behind it Slurm has them back."""
+    if dead:
+        do(cluster, "kill", dead)
+    if cut:
+        do(cluster, "partition", cut)
+    try:
+        yield
+    finally:
+        if cut:
+            do(cluster, "heal", cut)
+            # Slurm ends what it finds there of jobs that are elsewhere by now.
+            wait_for("the end of old jobs", lambda: not cluster.pids(cut, OF_A_JOB), within=90, every=0.25)
+            # Its slurmstepd then tries for minutes to tell slurmctld of it.
+            do(cluster, "kill", cut)
+            do(cluster, "start", cut)
+        if dead:
+            do(cluster, "start", dead)
+        wait_for(
+            "all nodes back",
+            lambda: not re.search(r"\*|down", cluster.check("ctl", "sinfo", "-h", "-N", "-o", "%t")),
+            within=90,
+            every=0.5,
+        )
+
+
+def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Workloads) -> None:
+    """Four jobs at once: of each of these nodes one has its ranks there and one its batch script."""
+    cluster = jobs.cluster
+    first, dead, cut, last = cluster.nodes[:4]
+
+    def on(body: str, *nodes: str, tasks: int = 2) -> Job:
+        """There now, and wherever it can be later. (Slurm starts no step of a job while it drains one of its nodes.)"""
+        cluster.drain(*(node for node in cluster.nodes if node not in nodes))
+        job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=len(nodes), tasks=tasks)
+        job.wait_event("started")
+        cluster.resume()
+        return job
+
+    ranks = on(workloads.stencil(), first, dead, tasks=4)
+    others = [on(counter(), dead, last), on(counter(), first, cut), on(counter(), cut, last)]
+    for job in (ranks, *others):
+        computes(job)
+        job.checkpoint()
+    for job in (ranks, *others):
+        computes(job)
+    with without(cluster, dead=dead, cut=cut):
+        for job in (ranks, *others):
+            event = job.wait_event("restored", within=LOSS)
+            assert {dead, cut}.isdisjoint(event["nodes"])
+            computes(job)
+    said = ranks.said()
+    ranks.cancel()
+    workloads.check_endless(said)
+    for turn in range(rounds(0, 3)):
+        in_turn(others[0], turn)
+    for job in others:
+        finish(job)
+        assert job.slurm().restarts == 1 + (rounds(0, 3) if job is others[0] else 0)
+
+
+def in_turn(job: Job, turn: int) -> None:
+    """Another of the job's nodes is cut off."""
+    job.checkpoint()
+    node = job.slurm().nodes[turn % len(job.slurm().nodes)]
+    with without(job.cluster, cut=node):
+        event = job.wait_event("restored", turn + 2, within=LOSS)
+        assert node not in event["nodes"]
+        computes(job)
+
+
+def test_checkpoints_that_cannot_be_restored(jobs: Jobs) -> None:
+    """The newest does not verify: the one before is taken. None does: the job ends, and says how to begin again."""
+    cluster = jobs.cluster
+    job = jobs.sbatch(counter(), ["--checkpoint=requeue"])
+    job.wait_event("started")
+    computes(job)
+    job.checkpoint()
+    computes(job)
+    job.requeue_and_hold()
+    spoil(job, 2)
+    job.release()
+    assert job.wait_event("restored")["sequence"] == 1
+    computes(job)
+    job.requeue_and_hold()
+    spoil(job, 3)
+    job.release()
+    ended = job.wait_over()
+    assert (ended.states, ended.code) == ({"FAILED"}, 12)
+    said = job.said()
+    assert f"hpccr: error: no checkpoint of {cluster.name}-{job.id}/0 can be restored: checkpoint 3: " in said
+    assert f"hpccr rm --force {job.id}; scontrol requeue {job.id}" in said
+    restarts = ended.restarts
+
+    # As the hint says.
+    job.hpccr_ok("rm", "--force")
+    cluster.check("ctl", "scontrol", "requeue", str(job.id), user=job.user)
+    wait_for("a new beginning", lambda: job.said().splitlines().count("1 1") == 2)
+    job.cluster.write(job.directory / ENOUGH, "", job.user)
+    job.wait_success()
+    assert job.slurm().restarts == restarts + 1 and not job.events("restored")
+
+
+def spoil(job: Job, sequence: int) -> None:
+    """Change a byte in every pack of a checkpoint, and take what its nodes have kept of it away."""
+    for node in job.cluster.nodes:
+        job.cluster.check(node, "sh", "-c", "rm -rf /var/spool/hpccr/kept-*")
+    packs = sorted((job.step() / f"ckpt-{sequence:06d}").glob("capsule-*/*.pack"))
+    assert packs
+    for pack in packs:
+        content = bytearray(pack.read_bytes())
+        content[len(content) // 2] ^= 1
+        # Older checkpoints may have the same file.
+        pack.unlink()
+        job.cluster.write(pack, bytes(content), job.user)
