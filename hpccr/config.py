@@ -100,6 +100,13 @@ class FilesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes; a larger file that the job can write to (not only append to) is refused."""
 
 
+class QuiesceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Literal["prefer", "require", "off"] = "prefer"
+    """Whether MPI ranks that call safe points are stopped there: if they come in time, or no checkpoint, or never."""
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 10.0
+    """Seconds for all ranks to come to the safe point; the same again for their traffic and hooks."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreConfig = StoreConfig()
     node: NodeConfig = NodeConfig()
@@ -107,6 +114,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capsule: CapsuleConfig = CapsuleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     files: FilesConfig = FilesConfig()
+    quiesce: QuiesceConfig = QuiesceConfig()
 
 
 def load(path: str | os.PathLike[str] | None = None, *, environ: Mapping[str, str] | None = None) -> Config:

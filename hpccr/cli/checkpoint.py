@@ -12,6 +12,8 @@ from hpccr.config import Config
 from hpccr.store.layout import Step
 from hpccr.wire import messages as m
 
+QUIESCE = ("prefer", "require", "off")
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -24,9 +26,21 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--wait", action=argparse.BooleanOptionalAction, default=True, help="until it is in the store (default)"
     )
+    add_quiesce_argument(parser)
     add_timeout_argument(parser)
     add_json_argument(parser)
     parser.set_defaults(run=run)
+
+
+def add_quiesce_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quiesce",
+        metavar="MODE",
+        choices=QUIESCE,
+        default="",
+        help="MPI ranks that call safe points: checkpoint them there if they come in time (prefer), only there "
+        "(require, or without =MODE), or where they are (off); default: quiesce.mode of the job",
+    )
 
 
 def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +59,9 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace, config: Config) -> int:
     """0 when the checkpoint was made (and is durable, with --wait). Raises HpccrError."""
     step = find_step(args, config)
-    reply = request(step, m.CheckpointRequest(requeue=False, wait=args.wait, reason="command"), args)
+    reply = request(
+        step, m.CheckpointRequest(requeue=False, wait=args.wait, reason="command", quiesce=args.quiesce), args
+    )
     if args.json:
         print_json(as_json(step, reply))
     else:

@@ -41,7 +41,7 @@ def entry(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     """The command: exit code as in errors.ExitCode. argv without the program's name."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
-    args = _parser(argv).parse_args(argv)
+    args = _parser(argv).parse_args(_spelt_out(argv))
     try:
         # Loading it here keeps `hpccr --help` alive when the file is broken.
         from hpccr import config
@@ -97,6 +97,13 @@ def _verb(argv: Sequence[str]) -> str | None:
         elif not word.startswith("-"):
             return word if word in VERBS else None
     return None
+
+
+def _spelt_out(argv: Sequence[str]) -> list[str]:
+    """`--quiesce` of verbs with a JOB as `--quiesce=require`: argparse would take the JOB for its value."""
+    if _verb(argv) not in ("checkpoint", "requeue"):
+        return list(argv)
+    return ["--quiesce=require" if word == "--quiesce" else word for word in argv]
 
 
 class _Verbs:

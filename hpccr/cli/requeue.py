@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from hpccr.cli.checkpoint import add_timeout_argument, as_json, describe, request
+from hpccr.cli.checkpoint import add_quiesce_argument, add_timeout_argument, as_json, describe, request
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_step
 from hpccr.cli.output import print_json
 from hpccr.config import Config
@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--now", action="store_true", help="make it eligible at once: Slurm holds a requeued job back for a while"
     )
+    add_quiesce_argument(parser)
     add_timeout_argument(parser)
     add_json_argument(parser)
     parser.set_defaults(run=run)
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     step = find_step(args, config)
     if args.now and step.key.cluster == "local":
         raise UsageError("--now is for Slurm's queue, and this job is not in one")
-    reply = request(step, m.CheckpointRequest(requeue=True, wait=True, reason="requeue"), args)
+    reply = request(step, m.CheckpointRequest(requeue=True, wait=True, reason="requeue", quiesce=args.quiesce), args)
     if args.now:
         start_now(job_query(), step.key.job)
     if args.json:

@@ -56,6 +56,12 @@ def add_parser(subparsers: Any) -> None:
         "at a restart, and what was made since is removed (may be given several times; default: files.trees)",
     )
     parser.add_argument(
+        "--quiesce",
+        metavar="MODE",
+        choices=("prefer", "require", "off"),
+        help="whether MPI ranks that call safe points are checkpointed there (default: quiesce.mode)",
+    )
+    parser.add_argument(
         "--batch", action="store_true", help="the command is the whole batch script: SIGUSR1 asks for a checkpoint"
     )
     parser.add_argument("--fresh", action="store_true", help="start from the beginning even if there is a checkpoint")
@@ -117,6 +123,8 @@ def _check_trees(config: Config) -> None:
 def _with_options(config: Config, args: argparse.Namespace) -> Config:
     if args.interval is not None:
         config = structs.replace(config, checkpoint=structs.replace(config.checkpoint, interval=args.interval))
+    if args.quiesce is not None:
+        config = structs.replace(config, quiesce=structs.replace(config.quiesce, mode=args.quiesce))
     if args.keep is not None:
         if args.keep < 1:
             raise UsageError("--keep needs at least 1")

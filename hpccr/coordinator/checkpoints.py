@@ -50,17 +50,22 @@ class Checkpoints:
         """What a client asked for. Raises HpccrError."""
         reason = request.reason or "command"
         if request.requeue:
-            return await self.leave(boot, reason, post)
-        return await self._made(boot, kill=False, wait=request.wait, reason=reason, post=post)
+            return await self.leave(boot, reason, post, quiesce=request.quiesce)
+        return await self._made(boot, kill=False, wait=request.wait, reason=reason, post=post, quiesce=request.quiesce)
 
-    async def leave(self, boot: Boot, reason: str, post: Post = nobody) -> m.CheckpointReply:
-        """The last checkpoint of this run of the job, then a requeue. Raises HpccrError; the job then goes on."""
+    async def leave(
+        self, boot: Boot, reason: str, post: Post = nobody, *, quiesce: str = "", hurry: bool = False
+    ) -> m.CheckpointReply:
+        """The last checkpoint of this run of the job, then a requeue. Raises HpccrError; the job then goes on.
+
+        hurry: there is no time for ranks that are late at a safe point.
+        """
         if self.leaving:
             raise LockedError("the job is being requeued already")
         await asyncio.to_thread(self._site.check_requeue)
         self.leaving = True
         try:
-            reply = await self._made(boot, kill=True, wait=True, reason=reason, post=post)
+            reply = await self._made(boot, kill=True, wait=True, reason=reason, post=post, quiesce=quiesce, hurry=hurry)
             await asyncio.to_thread(self._site.requeue)
         except BaseException:
             self.leaving = False
@@ -72,7 +77,7 @@ class Checkpoints:
         """The last checkpoint of a job that Slurm is requeueing. Raises HpccrError; the job then goes on."""
         self.leaving = True
         try:
-            await self._made(boot, kill=True, wait=True, reason=reason, post=nobody)
+            await self._made(boot, kill=True, wait=True, reason=reason, post=nobody, hurry=True)
         except BaseException:
             self.leaving = False
             raise
@@ -87,9 +92,20 @@ class Checkpoints:
         LockedError. Raises HpccrError."""
         return await self._checkpoint(boot, kill=False, reason=reason, wait=wait)
 
-    async def _made(self, boot: Boot, *, kill: bool, wait: bool, reason: str, post: Post) -> m.CheckpointReply:
+    async def _made(
+        self,
+        boot: Boot,
+        *,
+        kill: bool,
+        wait: bool,
+        reason: str,
+        post: Post,
+        quiesce: str = "",
+        hurry: bool = False,
+    ) -> m.CheckpointReply:
         """Make a checkpoint and, if asked, see it into the store, telling `post` of the progress."""
-        snapshot = await _watched(self._checkpoint(boot, kill=kill, reason=reason), boot, post)
+        work = self._checkpoint(boot, kill=kill, reason=reason, quiesce=quiesce, hurry=hurry)
+        snapshot = await _watched(work, boot, post)
         if wait:
             await _watched(boot.durable(snapshot.manifest.sequence), boot, post)
         return m.CheckpointReply(
@@ -100,11 +116,20 @@ class Checkpoints:
             wait,
         )
 
-    async def _checkpoint(self, boot: Boot, *, kill: bool, reason: str, wait: bool = True) -> Snapshot:
+    async def _checkpoint(
+        self,
+        boot: Boot,
+        *,
+        kill: bool,
+        reason: str,
+        wait: bool = True,
+        quiesce: str = "",
+        hurry: bool = False,
+    ) -> Snapshot:
         if self.suspended:
             raise LockedError("the job is suspended", hint="it can be checkpointed when it has been resumed")
         asked = time.monotonic()
-        snapshot = await boot.checkpoint(kill=kill, reason=reason, wait=wait)
+        snapshot = await boot.checkpoint(kill=kill, reason=reason, wait=wait, quiesce=quiesce, hurry=hurry)
         self.costs = self.costs.with_freeze(snapshot.manifest.freeze_seconds)
         task = asyncio.create_task(self._after(boot, snapshot, asked, kill=kill))
         self._tasks.add(task)

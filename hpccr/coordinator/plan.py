@@ -1,7 +1,7 @@
 """The protocols of a step as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
-Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: prepare, freeze, survey,
-dump, release, flush.
+Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: ask, arrive, finish (the
+quiesce, where ranks take part in one), then prepare, freeze, survey, dump, release, flush.
 Each phase sends one request to every capsule and ends when every capsule has answered; the barrier between two
 phases is what makes a checkpoint all or nothing. No capsule is released before every capsule is dumped: a message
 sent by a released capsule to one not yet dumped would be received twice.
@@ -13,6 +13,7 @@ import dataclasses
 import enum
 from dataclasses import dataclass
 
+from hpccr.coordinator import quiesce
 from hpccr.errors import ExitCode
 from hpccr.wire import messages as m
 
@@ -27,6 +28,9 @@ class Phase(enum.StrEnum):
     RESUMING = "resuming"
     UNHOLDING = "unholding"
     RUNNING = "running"
+    ASKING = "asking"
+    ARRIVING = "arriving"
+    FINISHING = "finishing"
     PREPARING = "preparing"
     FREEZING = "freezing"
     SURVEYING = "surveying"
@@ -49,15 +53,9 @@ BOOT = (
     Phase.RESUMING,
     Phase.UNHOLDING,
 )
-CHECKPOINT = (
-    Phase.PREPARING,
-    Phase.FREEZING,
-    Phase.SURVEYING,
-    Phase.DUMPING,
-    Phase.RELEASING,
-    Phase.ABORTING,
-)
-ABORTABLE = (Phase.PREPARING, Phase.FREEZING, Phase.SURVEYING, Phase.DUMPING)
+QUIESCE = (Phase.ASKING, Phase.ARRIVING, Phase.FINISHING)
+ABORTABLE = (*QUIESCE, Phase.PREPARING, Phase.FREEZING, Phase.SURVEYING, Phase.DUMPING)
+CHECKPOINT = (*ABORTABLE, Phase.RELEASING, Phase.ABORTING)
 
 _EXPECTED: dict[Phase, type[m.Message]] = {
     Phase.CREATING: m.Created,
@@ -68,6 +66,9 @@ _EXPECTED: dict[Phase, type[m.Message]] = {
     Phase.RESTORING: m.Restored,
     Phase.RESUMING: m.Resumed,
     Phase.UNHOLDING: m.Unheld,
+    Phase.ASKING: m.Quiesced,
+    Phase.ARRIVING: m.Quiesced,
+    Phase.FINISHING: m.Quiesced,
     Phase.PREPARING: m.Prepared,
     Phase.FREEZING: m.Frozen,
     Phase.SURVEYING: m.Surveyed,
@@ -92,6 +93,8 @@ class Attempt:
     sequence: int
     checkpoint: str
     kill: bool
+    quiesce: str = "off"
+    """prefer, require or off."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class State:
     dumped: tuple[m.Dumped, ...] = ()
     """Of the newest checkpoint, in capsule order."""
     attempt: Attempt | None = None
+    targets: tuple[tuple[int, int], ...] = ()
+    """Of the attempt's quiesce: (group of ranks, number of the safe point)."""
     failure: m.Failed | None = None
     """Why the attempt is being aborted."""
     flushing: frozenset[tuple[int, int]] = frozenset()
@@ -185,6 +190,20 @@ class Running:
 
 
 @dataclass(frozen=True)
+class AllQuiesced:
+    """That many ranks stand at a safe point, their traffic finished and their hooks run."""
+
+    ranks: int
+
+
+@dataclass(frozen=True)
+class NotQuiesced:
+    """The checkpoint goes on transparently; why, and which ranks were missing."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class AllFrozen:
     """Every task of the job stands still: record how far its streams have got."""
 
@@ -256,6 +275,8 @@ class StepLost:
 Action = (
     Request
     | Running
+    | AllQuiesced
+    | NotQuiesced
     | AllFrozen
     | AllSurveyed
     | CheckpointReleased
@@ -278,7 +299,8 @@ def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         case Ask(attempt):
             if state.phase is not Phase.RUNNING or (state.flushing and not attempt.kill):
                 raise ValueError(f"a checkpoint cannot begin while {state.phase}, flushing {sorted(state.flushing)}")
-            return _enter(dataclasses.replace(state, attempt=attempt, failure=None), Phase.PREPARING)
+            first = Phase.PREPARING if attempt.quiesce == "off" else Phase.ASKING
+            return _enter(dataclasses.replace(state, attempt=attempt, failure=None, targets=()), first)
         case Cancel(reason):
             return _abort(state, m.Failed(ExitCode.FAILED, reason)) if state.phase in ABORTABLE else (state, ())
         case Deadline(phase):
@@ -343,6 +365,9 @@ def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
             return _enter(state, Phase.UNHOLDING)
         case Phase.UNHOLDING:
             return dataclasses.replace(state, phase=Phase.RUNNING, replies=()), (Running(state.restored),)
+        case Phase.ASKING | Phase.ARRIVING | Phase.FINISHING:
+            ranks = tuple(reply.ranks for _, reply in replies if isinstance(reply, m.Quiesced))
+            return _quiesced(state, ranks)
         case Phase.PREPARING:
             return _enter(state, Phase.FREEZING)
         case Phase.FREEZING:
@@ -373,6 +398,39 @@ def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
             state = dataclasses.replace(state, phase=Phase.RUNNING, attempt=None, failure=None, replies=())
             return state, (action,)
     raise AssertionError(f"nothing to advance from {state.phase}")
+
+
+def _quiesced(state: State, ranks: tuple[tuple[m.RankAt, ...], ...]) -> tuple[State, tuple[Action, ...]]:
+    """Every capsule has answered a stage of the quiesce."""
+    nodes = tuple(_node(state, k) for k in range(state.capsules))
+    match state.phase:
+        case Phase.ASKING:
+            agreement = quiesce.agree(ranks)
+            if agreement.targets:
+                return _enter(dataclasses.replace(state, targets=agreement.targets), Phase.ARRIVING)
+            return _transparent(state, agreement.incomplete, "no rank has come to a safe point")
+        case Phase.ARRIVING:
+            if missing := quiesce.absent(ranks, nodes, state.targets):
+                return _transparent(state, f"not at the safe point in time: {quiesce.listed(missing)}")
+            return _enter(state, Phase.FINISHING)
+    if missing := quiesce.unfinished(ranks, nodes):
+        return _transparent(state, f"traffic or hooks not finished in time: {quiesce.listed(missing)}")
+    state, actions = _enter(state, Phase.PREPARING)
+    return state, (AllQuiesced(sum(map(len, ranks))), *actions)
+
+
+def _transparent(state: State, why: str, otherwise: str = "") -> tuple[State, tuple[Action, ...]]:
+    """The ranks cannot be brought to a stand. why: empty where nobody takes part, which is only told if required."""
+    assert state.attempt is not None  # noqa: S101 - set by Ask
+    if state.attempt.quiesce == "require":
+        failure = m.Failed(
+            ExitCode.FAILED,
+            f"the ranks are not quiescent: {why or otherwise}",
+            "give them more time (quiesce.timeout), or checkpoint them where they are with --quiesce=prefer or off",
+        )
+        return _abort(state, failure)
+    state, actions = _enter(state, Phase.PREPARING)
+    return state, ((NotQuiesced(why), *actions) if why else actions)
 
 
 def _failed(state: State, capsule: int, failure: m.Failed) -> tuple[State, tuple[Action, ...]]:

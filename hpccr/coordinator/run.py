@@ -105,6 +105,7 @@ class Coordinator:
         self._streams: Streams | None = None
         self._due: float | None = None
         self._main: asyncio.Task[Any] | None = None
+        self._wish: asyncio.Task[None] | None = None
 
     def _event(self, name: str, **details: Any) -> None:
         """Record an event; order is kept, and the event loop does not wait for the shared storage."""
@@ -333,7 +334,7 @@ class Coordinator:
             costs=lambda: self._checkpoints.costs,
             end_time=self._site.end_time if config.at_limit == "requeue" else None,
             checkpoint=lambda: self._checkpoints.make(boot, "interval", wait=config.backlog == "wait"),
-            leave=lambda: self._checkpoints.leave(boot, "time limit"),
+            leave=lambda: self._checkpoints.leave(boot, "time limit", hurry=True),
             log_choice=self._note,
             planned=self._planned,
         ).run()
@@ -393,6 +394,8 @@ class Coordinator:
         if self._boot is not None and member in self._joined:
             if isinstance(message, m.Signalled):
                 self._terminate(own=False)
+            elif isinstance(message, m.Wanted):
+                self._wanted(self._boot)
             else:
                 self._boot.message(member, message)
         elif isinstance(message, m.Failed):
@@ -472,6 +475,17 @@ class Coordinator:
                 await self._checkpoints.make(self._boot, "signal", wait=True)
         except HpccrError as error:
             self._loud(f"no checkpoint on SIGUSR1: {error.message}")
+
+    def _wanted(self, boot: Boot) -> None:
+        """A process of the job asks for a checkpoint; while one that was asked for is waited for, it is that one."""
+        if self._wish is None or self._wish.done():
+            self._wish = asyncio.get_running_loop().create_task(self._grant(boot))
+
+    async def _grant(self, boot: Boot) -> None:
+        try:
+            await self._checkpoints.make(boot, "program", wait=True)
+        except HpccrError as error:
+            self._loud(f"no checkpoint though the program asked for one: {error.message}")
 
     def _terminate(self, *, own: bool = True) -> None:
         """SIGTERM came, to this process (own) or to an agent on another node."""

@@ -34,6 +34,8 @@ PAUSES = (0.1, 0.3, 1.0, 3.0)
 """Seconds before each further attempt when a checkpoint met a connection that was just being made."""
 STOPPED = 5.0
 """Seconds after which a timer that comes too late says that this process was stopped, and not just slow."""
+HURRY = 5.0
+"""Seconds for ranks to come to a safe point when Slurm is about to kill the job."""
 BARRIER_TIMEOUT = 60.0
 """Seconds for the phases that only let go: resume, unhold, release, abort."""
 
@@ -98,6 +100,7 @@ class Boot:
         self._deadline: asyncio.TimerHandle | None = None
         self._turn = asyncio.Lock()
         self._reason = ""
+        self._patience = config.quiesce.timeout
         self._asked = 0.0
         self._released: asyncio.Future[Snapshot] | None = None
         self._durable: dict[int, asyncio.Future[None]] = {}
@@ -163,6 +166,11 @@ class Boot:
                 self._request(phase, capsules)
             case plan.Running(restored):
                 self._running(restored)
+            case plan.AllQuiesced(ranks):
+                self._event("quiesced", ranks=ranks, seconds=time.monotonic() - self._asked)
+            case plan.NotQuiesced(why):
+                log.warning("checkpointing the job where it is: %s", why)
+                self._event("not-quiesced", why=why)
             case plan.AllFrozen(replies):
                 self._frozen(replies)
             case plan.AllSurveyed(replies):
@@ -207,8 +215,10 @@ class Boot:
                 return limits.create_timeout
             case Phase.FETCHING | Phase.ROLLING_BACK | Phase.RESTORING:
                 return limits.restore_timeout
-            case Phase.PREPARING:
+            case Phase.ASKING | Phase.PREPARING:
                 return limits.prepare_timeout
+            case Phase.ARRIVING | Phase.FINISHING:
+                return self._patience + limits.prepare_timeout
             case Phase.FREEZING | Phase.SURVEYING:
                 return limits.freeze_timeout
             case Phase.DUMPING:
@@ -257,7 +267,14 @@ class Boot:
                 return m.Abort(self.state.failure.message)
         attempt = self.state.attempt
         assert attempt is not None  # noqa: S101 - the phases left are those of a checkpoint
+        patience = round(self._patience * 1000)
         match phase:
+            case Phase.ASKING:
+                return m.Quiesce("ask", 0)
+            case Phase.ARRIVING:
+                return m.Quiesce("arrive", patience, self.state.targets)
+            case Phase.FINISHING:
+                return m.Quiesce("finish", patience, self.state.targets)
             case Phase.PREPARING:
                 return m.Prepare(attempt.sequence, attempt.checkpoint, self._files)
             case Phase.FREEZING:
@@ -375,16 +392,23 @@ class Boot:
 
     # --- what others ask ----------------------------------------------------------------------------------------
 
-    async def checkpoint(self, *, kill: bool, reason: str, wait: bool = True) -> Snapshot:
+    async def checkpoint(
+        self, *, kill: bool, reason: str, wait: bool = True, quiesce: str = "", hurry: bool = False
+    ) -> Snapshot:
         """Make a checkpoint of the running job; returns when its tasks are released (or killed).
 
         One at a time: waits for the one before to be durable (wait=False: raises LockedError instead), so that spool
         and store hold no more than one unfinished checkpoint per capsule; only the final one (kill) does not wait.
+        quiesce: prefer, require, off, or "" for what is configured; hurry: Slurm will not wait for ranks that are late.
         Raises the error that made it fail; the job then runs as before.
         """
         if self._turn.locked() and not wait and not kill:
             self._skip(reason)  # another one is being made, or waits
+        quiesce = quiesce or self._config.quiesce.mode
+        if hurry and quiesce == "require":
+            quiesce = "prefer"  # what would be lost otherwise is worth more
         async with self._turn:
+            self._patience = min(self._config.quiesce.timeout, HURRY) if hurry else self._config.quiesce.timeout
             self._asked = time.monotonic()
             await self._until(self.running.wait())
             pending = self._durable.get(self.state.flush_sequence)
@@ -397,13 +421,13 @@ class Boot:
             self._reason = reason
             for pause in PAUSES:
                 try:
-                    return await self._attempt(kill)
+                    return await self._attempt(kill, quiesce)
                 except LockedError as error:
                     # A connection was neither closed nor established at the freeze, which CRIU cannot dump. The job
                     # has gone on and the connection with it; nothing tells us when it is made.
                     log.info("trying again in %g s: %s", pause, error.message)
                     await asyncio.sleep(pause)
-            return await self._attempt(kill)
+            return await self._attempt(kill, quiesce)
 
     async def _backlog(self, pending: asyncio.Future[None], reason: str, *, wait: bool) -> None:
         """The checkpoint before is not durable yet: leave this one out (LockedError), or wait until it is."""
@@ -425,7 +449,7 @@ class Boot:
             hint="longer intervals, or faster storage; checkpoint.backlog says what to do",
         )
 
-    async def _attempt(self, kill: bool) -> Snapshot:
+    async def _attempt(self, kill: bool, quiesce: str) -> Snapshot:
         # Without it numbers would begin anew, on whatever is below a mount point.
         if not await asyncio.to_thread(self._step.path.is_dir):
             raise HpccrError(
@@ -438,7 +462,7 @@ class Boot:
         self._durable[sequence] = self._loop.create_future()
         self._event("checkpoint", sequence=sequence, reason=self._reason)
         try:
-            self.feed(plan.Ask(plan.Attempt(sequence, uuid.uuid4().hex, kill)))
+            self.feed(plan.Ask(plan.Attempt(sequence, uuid.uuid4().hex, kill, quiesce)))
             return await self._released
         except HpccrError:
             self._settle(sequence, PeerLostError(f"checkpoint {sequence} was given up"))

@@ -3,16 +3,17 @@
 One msgpack message per packet, descriptors beside it (SCM_RIGHTS) where a docstring says so. hpccrd has checked what
 comes from the user before it goes in here. Requests are strictly one after the other, each answered once (or by
 wire.messages.Failed), but for Signal (no answer) and Abort (any time during a checkpoint). wire.messages.Exited is
-sent when the launch root ends. End of file on this socket ends init and with it everything in the capsule.
+sent when the launch root ends, wire.messages.Wanted when a process of the job asks for a checkpoint. End of file on
+this socket ends init and with it everything in the capsule.
 
 A step of a checkpoint that fails has been undone completely when Failed comes: the tasks run, the hold is off, and what
 is in the spool directory is waste; Abort after that is answered Aborted and does nothing. The same holds for an Abort
 that comes when Release has been sent: a release is past giving up. A restore that fails leaves no task, but the hold,
 and the capsule is of no use any more. Descriptors are init's own copies: hpccrd may close its own at once.
 
-Build -> Built, Network -> NetworkReady, Launch -> Started, InitPrepare -> Prepared, Freeze -> Frozen,
-Survey -> Surveyed, Dump -> InitDumped, Release -> Released, Abort -> Aborted, InitRollBack -> RolledBack,
-InitRestore -> Restored, Resume -> Resumed, Unhold -> Unheld.
+Build -> Built, Network -> NetworkReady, Launch -> Started, Quiesce -> Quiesced, InitPrepare -> Prepared,
+Freeze -> Frozen, Survey -> Surveyed, Dump -> InitDumped, Release -> Released, Abort -> Aborted,
+InitRollBack -> RolledBack, InitRestore -> Restored, Resume -> Resumed, Unhold -> Unheld.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from hpccr.wire.messages import (
     Frozen,
     Message,
     Prepared,
+    Quiesce,
+    Quiesced,
     Release,
     Released,
     Restored,
@@ -40,6 +43,7 @@ from hpccr.wire.messages import (
     Surveyed,
     Unheld,
     Unhold,
+    Wanted,
 )
 
 MAX_PACKET = 160 << 10
@@ -187,6 +191,7 @@ InitRequest = (
     | Network
     | Launch
     | Signal
+    | Quiesce
     | InitPrepare
     | Freeze
     | Survey
@@ -202,6 +207,8 @@ InitReply = (
     Built
     | NetworkReady
     | Started
+    | Quiesced
+    | Wanted
     | Prepared
     | Frozen
     | Surveyed

@@ -37,6 +37,7 @@ from hpccr.noded.control import (
     NetworkReady,
 )
 from hpccr.noded.hold import Hold, Nft
+from hpccr.noded.quiesce import Outcome, Ranks, Wishes
 from hpccr.noded.reaper import Reaper
 from hpccr.noded.restoration import Restoration
 from hpccr.wire.messages import (
@@ -47,6 +48,7 @@ from hpccr.wire.messages import (
     Failed,
     Freeze,
     Message,
+    Quiesce,
     Release,
     Resume,
     Resumed,
@@ -56,6 +58,7 @@ from hpccr.wire.messages import (
     Survey,
     Unheld,
     Unhold,
+    Wanted,
 )
 
 _MAX_FDS = 253  # SCM_MAX_FD
@@ -110,6 +113,7 @@ class Init:
         self._capsule = capsule
         self._checkpoint: Checkpoint | None = None
         self._restoration: Restoration | None = None
+        self._ranks = Ranks(capsule.identity)
         self._directory: int | None = None
         self._task: asyncio.Task[None] | None = None
         self._abort_reason = ""
@@ -122,6 +126,7 @@ class Init:
         loop = asyncio.get_running_loop()
         self._capsule.reaper.start(loop)
         loop.add_reader(self._control.fileno(), self._readable)
+        self._wishes = Wishes(lambda: self._control.send(Wanted()))
         await loop.create_future()
         raise AssertionError("never set")
 
@@ -172,6 +177,7 @@ class Init:
         return {
             Network: self._network,
             Launch: self._launch,
+            Quiesce: self._quiesce,
             InitPrepare: self._prepare,
             Freeze: self._freeze,
             Survey: self._survey,
@@ -225,6 +231,11 @@ class Init:
             except ProcessLookupError:
                 pass  # it has ended: Exited says so
 
+    async def _quiesce(self, request: Quiesce, fds: list[int]) -> Message:
+        if not self._capsule.root or self._checkpoint is not None:
+            raise HpccrError("there is no job to quiesce" if not self._capsule.root else "a checkpoint is under way")
+        return await self._ranks.stage(request)
+
     async def _prepare(self, request: InitPrepare, fds: list[int]) -> Message:
         if not self._capsule.root or self._checkpoint is not None:
             raise HpccrError("there is no job to checkpoint" if not self._capsule.root else "a checkpoint is under way")
@@ -256,6 +267,8 @@ class Init:
             self._releasing = False
         self._checkpoint = None
         self._close_directory()
+        if not request.kill:
+            self._ranks.end(Outcome.RESUMED)
         return released
 
     async def _roll_back(self, request: InitRollBack, fds: list[int]) -> Message:
@@ -289,6 +302,7 @@ class Init:
 
     async def _unhold(self, request: Unhold, fds: list[int]) -> Message:
         self._capsule.hold.off()
+        self._ranks.end(Outcome.RESTARTED)
         return Unheld()
 
     async def _abort(self) -> None:
@@ -319,6 +333,8 @@ class Init:
             self._silent = True
             await self._restoration.abort()
             self._restoration = None
+        else:
+            self._ranks.end(Outcome.ABANDONED)
         self._close_directory()
 
     def _close_directory(self) -> None:

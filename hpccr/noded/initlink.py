@@ -17,7 +17,7 @@ import msgspec
 from hpccr.errors import HpccrError, PeerLostError, UnsupportedError, error_for
 from hpccr.noded import control
 from hpccr.noded.spawned import Spawned, watch
-from hpccr.wire.messages import Abort, Aborted, Exited, Failed, Message, Signal
+from hpccr.wire.messages import Abort, Aborted, Exited, Failed, Message, Signal, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,12 @@ _decoder: msgspec.msgpack.Decoder[control.InitReply] = msgspec.msgpack.Decoder(c
 class Init:
     """A capsule's init process, from its start until nothing of it is left."""
 
-    def __init__(self, name: str, *, exited: Callable[[int], None], ended: Callable[[], None]) -> None:
-        """Start it. exited(code): the launch root ended; ended(): init itself ended without being asked to."""
-        self._exited, self._end = exited, ended
+    def __init__(
+        self, name: str, *, exited: Callable[[int], None], wanted: Callable[[], None], ended: Callable[[], None]
+    ) -> None:
+        """Start it. exited(code): the launch root ended; wanted(): the job asks for a checkpoint; ended(): init itself
+        ended without being asked to."""
+        self._exited, self._wanted, self._end = exited, wanted, ended
         self._loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -125,6 +128,8 @@ class Init:
         match message:
             case Exited():
                 self._exited(message.code)
+            case Wanted():
+                self._wanted()
             case Aborted():
                 self._resolve(self._aborting, message)
                 self._aborting = None

@@ -73,6 +73,8 @@ class Lease:
         self._dumping: Dumping | None = None
         self._aborted: str | None = None
         self._releasing = False
+        self._quiescing = False
+        """The ranks have been asked to stand still and not been told that it is over."""
         self._ending: asyncio.Task[None] | None = None
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -116,6 +118,8 @@ class Lease:
                 self._fetched = None
                 await self._images.drop_fetched()
                 return reply
+            case m.Quiesce():
+                return await self._do_quiesce(request)
             case m.Prepare():
                 return await self._do_prepare(request)
             case m.Freeze():
@@ -146,7 +150,7 @@ class Lease:
         try:
             self._create, self._identity = request, requester.identity
             self._runtime = node.runtime.create(self.name)
-            self._init = Init(self.name, exited=self._on_exit, ended=self._on_loss)
+            self._init = Init(self.name, exited=self._on_exit, wanted=self._on_wanted, ended=self._on_loss)
             built = await self._init.request(
                 control.Build(
                     hostname=addresses.hostname(request.capsule),
@@ -292,9 +296,16 @@ class Lease:
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
+    async def _do_quiesce(self, request: m.Quiesce) -> m.Quiesced:
+        if request.stage == "ask":
+            self._aborted = None
+        self._quiescing = True
+        return await self._checkpointing(request, m.Quiesced, request.timeout_ms / 1000 + MARGIN)
+
     async def _do_prepare(self, request: m.Prepare) -> m.Prepared:
         config = self._node.config.checkpoint
-        self._aborted = None
+        if not self._quiescing:
+            self._aborted = None
         # By uid and job Slurm's epilog knows what it waits for (dist/epilog); the name is fresh though a failed
         # checkpoint of the same number may still be on its way out.
         whose = f"{self._who.uid}-{present(self._create).key.job}"
@@ -347,7 +358,7 @@ class Lease:
         finally:
             self._releasing = False
         dumping.frozen_seconds = released.frozen_seconds
-        self._dumping = None
+        self._dumping, self._quiescing = None, False
         await self._images.release(dumping)
         return released
 
@@ -356,7 +367,7 @@ class Lease:
 
         A release that is under way is past giving up.
         """
-        if self._dumping is None or self._releasing:
+        if (self._dumping is None and not self._quiescing) or self._releasing:
             return
         self._aborted = reason
         await self._give_up(reason)
@@ -364,8 +375,9 @@ class Lease:
     async def _give_up(self, reason: str) -> None:
         dumping, self._dumping = self._dumping, None
         self._node.claims.pop(self.name, None)
-        if dumping is None:
+        if dumping is None and not self._quiescing:
             return
+        self._quiescing = False
         try:
             await self._the_init.abort(reason, timeout=ABORT_TIMEOUT)
         except HpccrError as error:
@@ -374,7 +386,8 @@ class Lease:
             self.lost.set()
             raise
         finally:
-            await asyncio.to_thread(dumping.directory.remove)
+            if dumping is not None:
+                await asyncio.to_thread(dumping.directory.remove)
         if self.state in (State.PREPARED, State.FROZEN, State.DUMPED):
             self.state = State.RUNNING
 
@@ -396,6 +409,10 @@ class Lease:
             return
         self.state = State.ENDED
         self._emit(m.Exited(code))
+
+    def _on_wanted(self) -> None:
+        if self.state not in (State.ENDED, State.GONE):
+            self._emit(m.Wanted())
 
     def _on_loss(self) -> None:
         log.error("capsule %s: its init ended unexpectedly", self.name)

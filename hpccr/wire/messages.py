@@ -9,13 +9,13 @@ Three conversations use them, each message in one msgpack frame (wire.frames):
 
 Requests on one capsule are strictly one after the other: each gets exactly one reply (the class named in its
 docstring, or Failed), except Signal (none), Abort (may be sent while another request is under way: that one then
-answers Failed and Abort answers Aborted) and Destroy. Exited, Flushing, Flushed and FlushFailed are events and come
-at any time after what caused them.
+answers Failed and Abort answers Aborted) and Destroy. Exited, Wanted, Flushing, Flushed and FlushFailed are events and
+come at any time after what caused them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -83,6 +83,47 @@ class Signal(Message, frozen=True):
     """Send a signal to the launch root, which passes it to the command. No reply."""
 
     signum: int
+
+
+class RankAt(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank is among the safe points of a group of ranks; see docs/internals/quiesce.md.
+
+    group: the ranks that call together, `size` of them; rank: its number among them; count: safe points it has come to.
+    """
+
+    group: int
+    size: int
+    rank: int
+    pid: int
+    """In its capsule."""
+    count: int
+    waiting: bool = False
+    """It has seen the question and stands at safe point `count`; else it has passed it."""
+    arrived: bool = False
+    finished: bool = False
+    """Its traffic is finished and its hooks have run."""
+    pending: int = 0
+    """Messages sent to it that it has not received."""
+    gone: bool = False
+    left: int = 0
+    """0 while this is the group of its newest safe point; else 1 + the safe points, of all its groups, it had come to
+    when it called one of another group."""
+    gap: int = 0
+    """The most safe points of other groups that it has come to between two of this one."""
+
+
+class Quiesce(Message, frozen=True):
+    """One stage of bringing the ranks to a stand at a safe point. Reply: Quiesced, after `timeout_ms` at most.
+
+    ask: let every rank stop at its next safe point for an answer; gives where they are, none if nobody takes part.
+    arrive: targets are (group, number of the safe point to stand at); waits until the ranks of these groups are there.
+    finish: everyone is there: finish the traffic, run the hooks; waits until that is done.
+    It ends with Release or Abort, or after a restore with Unhold: the ranks are told which.
+    """
+
+    stage: Literal["ask", "arrive", "finish"]
+    timeout_ms: Annotated[int, msgspec.Meta(ge=0, le=86_400_000)]
+    targets: tuple[tuple[int, int], ...] = ()
 
 
 class Prepare(Message, frozen=True):
@@ -193,6 +234,16 @@ class Connected(Message, frozen=True):
 class Started(Message, frozen=True):
     pid: int
     """Of the launch root, inside the capsule."""
+
+
+class Quiesced(Message, frozen=True):
+    """The ranks of this capsule that the stage was about, wherever they have got to by then."""
+
+    ranks: tuple[RankAt, ...]
+
+
+class Wanted(Message, frozen=True):
+    """Event: a process of the job asks for a checkpoint."""
 
 
 class Prepared(Message, frozen=True):
@@ -399,6 +450,8 @@ class CheckpointRequest(Message, frozen=True):
     requeue: bool
     wait: bool
     reason: str
+    quiesce: Literal["", "prefer", "require", "off"] = ""
+    """Of this one; "": as configured for the job."""
 
 
 class Progress(Message, frozen=True):
@@ -431,6 +484,7 @@ NodeRequest = (
     | Connect
     | Start
     | Signal
+    | Quiesce
     | Prepare
     | Freeze
     | Survey
@@ -452,6 +506,8 @@ NodeReply = (
     Created
     | Connected
     | Started
+    | Quiesced
+    | Wanted
     | Prepared
     | Frozen
     | Surveyed

@@ -14,6 +14,7 @@ from hpccr.wire import messages as m
 
 ATTEMPT = plan.Attempt(7, "0" * 32, kill=False)
 KILL = plan.Attempt(7, "0" * 32, kill=True)
+QUIESCED = plan.Attempt(7, "0" * 32, kill=False, quiesce="prefer")
 
 
 def created(k: int) -> m.Created:
@@ -29,6 +30,10 @@ ANSWERS = {
     Phase.RESTORING: lambda k: m.Restored(0.1, 0.2, 10, 2),
     Phase.RESUMING: lambda k: m.Resumed(),
     Phase.UNHOLDING: lambda k: m.Unheld(),
+    **dict.fromkeys(
+        plan.QUIESCE,
+        lambda k: m.Quiesced((m.RankAt(1, 3, k, 300, 4, waiting=True, arrived=True, finished=True),)),
+    ),
     Phase.PREPARING: lambda k: m.Prepared(100),
     Phase.FREEZING: lambda k: m.Frozen(3),
     Phase.SURVEYING: lambda k: m.Surveyed((bytes(16),)),
@@ -115,7 +120,7 @@ def test_release_is_never_asked_before_all_are_dumped() -> None:
 @pytest.mark.parametrize("phase", plan.ABORTABLE)
 @pytest.mark.parametrize("how", ["failed", "deadline", "cancel"])
 def test_a_failure_before_the_release_aborts_everywhere_and_the_job_goes_on(phase: Phase, how: str) -> None:
-    machine = Machine(3).to(phase)
+    machine = Machine(3).to(phase, QUIESCED if phase in plan.QUIESCE else ATTEMPT)
     machine.feed(plan.Reply(0, ANSWERS[phase](0)))
     event: plan.Event = {
         "failed": plan.Reply(1, m.Failed(13, "io_uring", "do not")),

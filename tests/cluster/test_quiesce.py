@@ -1,0 +1,136 @@
+"""Safe points: ranks that stand still before the freeze, those that do not come, and what the program is told after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from jobs import Job, Jobs
+from nodes import Cluster
+from waiting import wait_for
+from workloads import NICE, OPEN_MPI, SOURCES, Workloads
+
+EXAMPLES = "/src/mpi/examples"
+PYTHON = "env PYTHONPATH=/src python3"
+MPIRUN = OPEN_MPI.format(each=2, ranks=4)
+PATIENT = {"HPCCR_QUIESCE_TIMEOUT": "60"}
+IMPATIENT = {"HPCCR_QUIESCE_TIMEOUT": "3"}
+
+
+@pytest.fixture(scope="module")
+def library(cluster: Cluster) -> Callable[[str], str]:
+    """The directory with the C library and the examples, built for an MPI by the site's compiler."""
+
+    def build(mpi: str) -> str:
+        out = f"/shared/programs/mpi-{mpi}"
+        cluster.check(
+            cluster.nodes[0], "make", "-s", "-C", "/src/mpi", f"MPICC=mpicc.{mpi}", f"OUT={out}", "all", "examples"
+        )
+        return out
+
+    return build
+
+
+def happened(job: Job) -> list[str]:
+    """What the example's hooks and safe points have said so far."""
+    log = job.directory / "log.events"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_c_stencil_under_mpich(jobs: Jobs, workloads: Workloads, library: Callable[[str], str]) -> None:
+    """Asked from inside, from outside and by a requeue: hooks in order, resume and restart told apart."""
+    command = f"mpirun.mpich -n 4 {NICE} {library('mpich')}/stencil -s 600 -n 60 -l log -p 10000 -c 20"
+    job = jobs.submit(command, environment=PATIENT)
+    job.wait_event("durable")
+    assert job.events("checkpoint")[0]["reason"] == "program"
+    resumed = ["scratch freed", "log flushed", "scratch made: resumed", "resumed"]
+    wait_for("the program to say that it goes on", lambda: happened(job) == resumed)
+    job.hpccr_ok("checkpoint", "--quiesce")
+    wait_for("the program to say so again", lambda: happened(job) == 2 * resumed)
+    # The log of rank 0 was flushed before the freeze: the file has whole lines.
+    assert (job.directory / "log").read_text().endswith("\n")
+    job.requeue("hpccr", avoid=False)
+    restarted = ["scratch freed", "log flushed", "scratch made: restarted", "restarted"]
+    wait_for("the program to say that it was restored", lambda: happened(job) == 2 * resumed + restarted)
+    job.wait_success()
+    assert [event["ranks"] for event in job.events("quiesced")] == [4, 4, 4]
+    assert not job.events("not-quiesced") and not job.events("checkpoint-failed")
+    assert job.said() == workloads.twin(command)
+    assert (job.directory / "log").read_text() == workloads.twin(command, file="log")
+
+
+def test_python_stencil_under_open_mpi(jobs: Jobs, workloads: Workloads) -> None:
+    command = f"{MPIRUN} {NICE} {PYTHON} {EXAMPLES}/stencil.py --steps 600 --points 60 --log log --pause 0.01 --ask 20"
+    job = jobs.submit(command, environment=PATIENT)
+    job.wait_event("durable")
+    assert job.events("checkpoint")[0]["reason"] == "program"
+    resumed = ["cache dropped", "log flushed", "on resume", "resumed"]
+    wait_for("the program to say that it goes on", lambda: happened(job) == resumed)
+    job.hpccr_ok("requeue", "--quiesce=require")
+    restarted = ["cache dropped", "log flushed", "on restart", "restarted"]
+    wait_for("the program to say that it was restored", lambda: happened(job) == resumed + restarted)
+    job.wait_success()
+    assert [event["ranks"] for event in job.events("quiesced")] == [4, 4]
+    assert job.said() == workloads.twin(command)
+    assert (job.directory / "log").read_text() == workloads.twin(command, file="log")
+
+
+@pytest.mark.parametrize("language", ["c", "python"])
+def test_work_queue(jobs: Jobs, workloads: Workloads, library: Callable[[str], str], language: str) -> None:
+    """Rounds of unlike work; every message counted by both ends, in Python by the preloaded library."""
+    out = library("openmpi")
+    if language == "c":
+        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 300 -t 12 -p 30000"
+    else:
+        preload = f"-x LD_PRELOAD={out}/libhpccr_mpi.so"
+        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 300 --tasks 12 --points 20000"
+    job = jobs.submit(command, environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
+    job.wait_output("round 3 ")  # before the first safe point nobody takes part
+    job.hpccr_ok("checkpoint", "--no-wait")
+    job.requeue("hpccr", avoid=False)
+    job.wait_success()
+    assert [event["ranks"] for event in job.events("quiesced")] == [4, 4]
+    assert job.said() == workloads.twin(command)
+
+
+def test_ranks_that_do_not_come(jobs: Jobs, workloads: Workloads) -> None:
+    """One rank calls no safe point for a while: prefer, require and off, and then it does again."""
+    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py late --steps 800 --log log"
+    job = jobs.submit(command, environment=IMPATIENT)
+    job.wait_output("late\n")
+    job.hpccr_ok("checkpoint")
+    (missing,) = job.events("not-quiesced")
+    node = job.slurm().nodes[0]
+    assert "rank 1 (pid " in missing["why"] and f" on {node})" in missing["why"] and "rank 0" not in missing["why"]
+    assert "not at the safe point in time" in (job.step(0) / "hpccr.log").read_text()
+    done = job.hpccr("checkpoint", "--quiesce")
+    assert done.returncode == 1 and "rank 1 (pid " in done.stderr and "hint: " in done.stderr
+    job.hpccr_ok("checkpoint", "--quiesce=off")
+    # The others have stood at their safe point twice: once a checkpoint was made there, once none was.
+    assert happened(job) == ["resumed", "abandoned"]
+    assert len(job.events("released")) == 2 and len(job.events("not-quiesced")) == 1
+    job.cluster.write(job.directory / "on", "", job.user)
+    job.wait_output("on time\n")
+    job.hpccr_ok("checkpoint", "--quiesce", "--no-wait")
+    assert [event["ranks"] for event in job.events("quiesced")] == [4]
+    job.wait_success()
+    said = job.said().splitlines(keepends=True)
+    twin = [f"step {step}\n" for step in range(1, 801)]
+    assert [line for line in said if line.startswith("step")] == twin
+
+
+def test_communicators(jobs: Jobs, workloads: Workloads) -> None:
+    """Safe points on a dup, on halves that go on at different paces, on an intercommunicator between them."""
+    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py comms --steps 200 --log log"
+    job = jobs.submit(command, environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
+    for number, word in enumerate(("dup", "halves", "inter"), 1):
+        job.wait_output(f"{word} step 20\n")
+        job.hpccr_ok("checkpoint")
+        assert len(job.events("quiesced")) == number
+        # In the part of the program that calls these, not when it comes to the next one.
+        assert job.said().splitlines()[-1].startswith(word)
+    job.requeue("hpccr", avoid=False)
+    job.wait_success()
+    assert [event["ranks"] for event in job.events("quiesced")] == [4, 4, 4, 4]
+    assert job.said() == workloads.twin(command)
