@@ -407,6 +407,8 @@ class Boot:
         quiesce = quiesce or self._config.quiesce.mode
         if hurry and quiesce == "require":
             quiesce = "prefer"  # what would be lost otherwise is worth more
+        if hurry and self.state.phase in plan.QUIESCE:
+            self.feed(plan.Cancel("Slurm is about to end the job"))  # its ranks may be waited for longer than that
         async with self._turn:
             self._patience = min(self._config.quiesce.timeout, HURRY) if hurry else self._config.quiesce.timeout
             self._asked = time.monotonic()

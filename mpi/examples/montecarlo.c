@@ -3,7 +3,8 @@
  *     mpirun -n 4 ./montecarlo [-r rounds] [-t tasks per round] [-p points per task]
  *
  * Ranks of a work queue do not pass through the same steps. So the tasks come in rounds: at the end of one the queue is
- * empty and no message is under way, and there all ranks, the one with the queue too, call the safe point. */
+ * empty and no message is under way, and there all ranks, the one with the queue too, call the safe point. It is no
+ * barrier: a worker may be in the next round while others finish this one, so messages to rank 0 are tagged by round. */
 #define _GNU_SOURCE
 #include <inttypes.h>
 #include <stdint.h>
@@ -13,7 +14,7 @@
 
 #include "hpccr_mpi.h"
 
-enum { RESULT = 1, TASK = 2, ROUND_OVER = -1 };
+enum { TASK = 0, ROUND_OVER = -1 };
 
 static uint64_t throw(uint64_t task, long points)
 {
@@ -33,7 +34,7 @@ static uint64_t throw(uint64_t task, long points)
 }
 
 /* Rank 0: one round; the points inside the circle. */
-static uint64_t serve(int workers, int64_t first, int tasks)
+static uint64_t serve(int workers, int64_t first, int tasks, int tag)
 {
 	uint64_t total = 0, result;
 	int64_t task;
@@ -41,7 +42,7 @@ static uint64_t serve(int workers, int64_t first, int tasks)
 	MPI_Status status;
 
 	while (left) {
-		MPI_Recv(&result, 1, MPI_UINT64_T, MPI_ANY_SOURCE, RESULT, MPI_COMM_WORLD, &status);
+		MPI_Recv(&result, 1, MPI_UINT64_T, MPI_ANY_SOURCE, tag, MPI_COMM_WORLD, &status);
 		total += result;
 		task = given < tasks ? first + given : ROUND_OVER;
 		if (task == ROUND_OVER)
@@ -53,13 +54,13 @@ static uint64_t serve(int workers, int64_t first, int tasks)
 	return total;
 }
 
-static void work(long points)
+static void work(long points, int tag)
 {
 	uint64_t result = 0; /* with the first message of a round comes none */
 	int64_t task;
 
 	for (;;) {
-		MPI_Send(&result, 1, MPI_UINT64_T, 0, RESULT, MPI_COMM_WORLD);
+		MPI_Send(&result, 1, MPI_UINT64_T, 0, tag, MPI_COMM_WORLD);
 		MPI_Recv(&task, 1, MPI_INT64_T, 0, TASK, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
 		if (task == ROUND_OVER)
 			return;
@@ -87,12 +88,14 @@ int main(int argc, char **argv)
 	if (size < 2)
 		MPI_Abort(MPI_COMM_WORLD, 2);
 	for (round = 0; round < rounds; round++) {
+		int tag = 1 + round % 1000;
+
 		if (rank == 0) {
-			inside += serve(size - 1, (int64_t)round * tasks, tasks);
+			inside += serve(size - 1, (int64_t)round * tasks, tasks, tag);
 			printf("round %d inside %" PRIu64 "\n", round + 1, inside);
 			fflush(stdout);
 		} else {
-			work(points);
+			work(points, tag);
 		}
 		hpccr_safe_point(MPI_COMM_WORLD);
 	}

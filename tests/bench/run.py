@@ -1,6 +1,6 @@
 """Measurements on the test cluster, as ratios within one run: absolute times of a small virtual machine say nothing.
 
-    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [--repetitions N]
+    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [safepoint] [--repetitions N]
 
 The cluster that HPCCR_TESTBED names must be up (`make bench` does that).
 """
@@ -18,6 +18,7 @@ import dedup
 import freeze
 import inside
 import restore
+import safepoint
 import slowdown
 from nodes import Cluster
 
@@ -28,6 +29,7 @@ BENCHES = {
     "dedup": dedup.measure,
     "restore": restore.measure,
     "slowdown": slowdown.measure,
+    "safepoint": safepoint.measure,
 }
 
 

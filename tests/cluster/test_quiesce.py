@@ -40,7 +40,7 @@ def happened(job: Job) -> list[str]:
 
 def test_c_stencil_under_mpich(jobs: Jobs, workloads: Workloads, library: Callable[[str], str]) -> None:
     """Asked from inside, from outside and by a requeue: hooks in order, resume and restart told apart."""
-    command = f"mpirun.mpich -n 4 {NICE} {library('mpich')}/stencil -s 600 -n 60 -l log -p 10000 -c 20"
+    command = f"mpirun.mpich -n 4 {NICE} {library('mpich')}/stencil -s 300 -n 60 -l log -p 20000 -c 10"
     job = jobs.submit(command, environment=PATIENT)
     job.wait_event("durable")
     assert job.events("checkpoint")[0]["reason"] == "program"
