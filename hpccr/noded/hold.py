@@ -15,12 +15,15 @@ LIBRARY = "libnftables.so.1"
 
 _TABLE = "inet hpccr_hold"
 _REMOVE = f"add table {_TABLE}\ndelete table {_TABLE}\n"
+_CRIU = 0xC114
+"""Mark (SOCCR_MARK of CRIU's soccr.h) of the packets by which CRIU brings a half closed TCP socket into its state. They
+go from the socket's own address to it; jobs cannot mark packets, having no capability."""
 # Before conntrack (-200) and everything else: a packet that a rule of anybody's has seen is one that has moved.
 _INSTALL = (
     _REMOVE
     + f"""table {_TABLE} {{
-    chain input {{ type filter hook input priority -500; policy drop; }}
-    chain output {{ type filter hook output priority -500; policy drop; }}
+    chain input {{ type filter hook input priority -500; policy drop; meta mark {_CRIU} accept; }}
+    chain output {{ type filter hook output priority -500; policy drop; meta mark {_CRIU} accept; }}
 }}
 """
 )

@@ -4,12 +4,14 @@ restore puts back. Init itself opens none of them: helpers with the user's ids d
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hpccr.errors import HpccrError
 from hpccr.model import FILES_DATA, FILES_LIST, FileRules
-from hpccr.noded import child, rollback, scan, snapshot
+from hpccr.noded import child, rollback, scan, snapshot, syscalls
 from hpccr.noded.capsule import Capsule
 
 MAX_SHARED = 4096
@@ -86,16 +88,35 @@ class Saving:
         if not request.files and not request.trees and not request.elsewhere:
             return
         fds = [self._create(FILES_LIST), self._create(FILES_DATA)]
+        leased = self._descriptors()
+        request = replace(request, files=[replace(file, fd=leased.get(file.path, -1)) for file in request.files])
         try:
             self._helper = child.Helper(
                 self._capsule.reaper,
                 lambda: snapshot.save(request, *fds),
                 identity=self._capsule.identity,
-                keep=fds,
+                keep=[*fds, *leased.values()],
             )
         finally:
-            for fd in fds:
+            for fd in (*fds, *leased.values()):
                 os.close(fd)
+
+    def _descriptors(self) -> dict[str, int]:
+        """Copies of the tasks' own descriptors of files with a lease, as far as they can be read."""
+        found = {}
+        for file in self._files:
+            if file.leased is None:
+                continue
+            pidfd = os.pidfd_open(file.leased[0])
+            try:
+                fd = syscalls.pidfd_getfd(pidfd, file.leased[1])
+            finally:
+                os.close(pidfd)
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                found[file.path] = fd
+            else:
+                os.close(fd)
+        return found
 
     async def finish(self) -> int:
         """How many names were saved, once all are. Raises UnsupportedError or HpccrError naming one that was not."""
@@ -132,7 +153,9 @@ class Saving:
             if file.path not in others and (scan.below(file.path, kept) or not scan.below(file.path, gone))
         ]
         return snapshot.Request(
-            files=[snapshot.Wanted(f.path, f.status.st_dev, f.status.st_ino, f.append) for f in mine],
+            files=[
+                snapshot.Wanted(f.path, f.status.st_dev, f.status.st_ino, f.append, f.leased is not None) for f in mine
+            ],
             trees=kept,
             excluded=self._excluded,
             limit=self._limit,
@@ -141,7 +164,7 @@ class Saving:
 
     def _remote(self) -> list[str]:
         devices = network_devices()
-        return [file.path for file in self._files if file.status.st_dev in devices]
+        return [file.path for file in self._files if file.status.st_dev in devices and file.leased is None]
 
     def _create(self, name: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC

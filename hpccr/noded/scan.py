@@ -6,6 +6,7 @@ at is no task: its files give ENOENT or ESRCH and it is left out.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -342,6 +343,8 @@ class OpenFile:
     path: str
     status: os.stat_result
     append: bool
+    leased: tuple[int, int] | None = None
+    """Pid and descriptor of a task that has a lease on it (fcntl(2)): to open it would break that."""
 
     @property
     def identity(self) -> bytes:
@@ -363,20 +366,22 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     places = (*private, "/proc", "/sys")
     found: dict[str, OpenFile] = {}
 
-    def note(path: str, status: os.stat_result, append: bool) -> None:
+    def note(path: str, status: os.stat_result, append: bool, leased: tuple[int, int] | None = None) -> None:
         if not stat.S_ISREG(status.st_mode) or not path.startswith("/") or path.endswith(DELETED):
             return
         if below(path, places):
             return
         before = found.get(path)
-        found[path] = OpenFile(path, status, append and (before is None or before.append))
+        leased = leased or (before and before.leased)
+        found[path] = OpenFile(path, status, append and (before is None or before.append), leased)
 
     for task in whole.tasks:
-        for fd, flags in _descriptor_flags(task.pid):
+        for fd, flags, leased in _descriptor_flags(task.pid):
             if flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR):
                 link = f"/proc/{task.pid}/fd/{fd}"
                 try:
-                    note(os.readlink(link), os.stat(link), bool(flags & os.O_APPEND))
+                    holder = (task.pid, int(fd)) if leased else None
+                    note(os.readlink(link), os.stat(link), bool(flags & os.O_APPEND), holder)
                 except _GONE:
                     continue
         for address, permissions, path in mappings(task.pid):
@@ -388,15 +393,18 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     return tuple(found[path] for path in sorted(found))
 
 
-def _descriptor_flags(pid: int) -> Iterator[tuple[str, int]]:
+def _descriptor_flags(pid: int) -> Iterator[tuple[str, int, bool]]:
+    """Descriptor, flags of open(2), whether there is a lease on it."""
     try:
         names = os.listdir(f"/proc/{pid}/fdinfo")
     except _GONE:
         return
     for fd in names:
-        for line in _lines(f"/proc/{pid}/fdinfo/{fd}"):
+        lines = _lines(f"/proc/{pid}/fdinfo/{fd}")
+        leased = any(line.startswith("lock:") and " LEASE " in line for line in lines)
+        for line in lines:
             if line.startswith("flags:"):
-                yield fd, int(line.split()[1], 8)
+                yield fd, int(line.split()[1], 8), leased
                 break
 
 
@@ -418,13 +426,14 @@ class Access:
     device: int
     inode: int
     holder: str
+    leased: bool = False
 
 
 def accesses(whole: Tree) -> list[Access]:
     """Every file and directory with a name that the tasks have open, mapped, as program or as working directory."""
     found: dict[tuple[str, int], Access] = {}
 
-    def note(link: str, flags: int, task: Task, path: str | None = None) -> None:
+    def note(link: str, flags: int, task: Task, path: str | None = None, leased: bool = False) -> None:
         try:
             name = path if path is not None else os.readlink(link)
             status = os.stat(link)
@@ -433,12 +442,12 @@ def accesses(whole: Tree) -> list[Access]:
         regular = stat.S_ISREG(status.st_mode)
         if not name.startswith("/") or name.endswith(DELETED) or not (regular or stat.S_ISDIR(status.st_mode)):
             return
-        found.setdefault((name, flags), Access(name, flags, status.st_dev, status.st_ino, str(task)))
+        found.setdefault((name, flags), Access(name, flags, status.st_dev, status.st_ino, str(task), leased))
 
     for task in whole.tasks:
-        for fd, flags in _descriptor_flags(task.pid):
+        for fd, flags, leased in _descriptor_flags(task.pid):
             if not flags & os.O_PATH:
-                note(f"/proc/{task.pid}/fd/{fd}", flags & os.O_ACCMODE, task)
+                note(f"/proc/{task.pid}/fd/{fd}", flags & os.O_ACCMODE, task, leased=leased)
         for address, permissions, path in mappings(task.pid):
             writes = permissions[1] == "w" and permissions[3] == "s"
             note(f"/proc/{task.pid}/map_files/{address}", os.O_RDWR if writes else os.O_RDONLY, task, path)
@@ -460,16 +469,30 @@ def check_accesses(wanted: Iterable[Access]) -> None:
     """
     for access in wanted:
         try:
-            fd = os.open(access.path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+            status = _open_as(access)
         except OSError as error:
             raise CorruptError(
                 f"process {access.holder} has {access.path} open, which the user cannot open: {error.strerror}",
                 hint="the permissions of that file or of a directory above it have changed since the checkpoint",
             ) from None
-        status = os.fstat(fd)
-        os.close(fd)
         if (status.st_dev, status.st_ino) != (access.device, access.inode):
             raise CorruptError(
                 f"process {access.holder} has another file open than the one now at {access.path}",
                 hint="something changed the job's files during the restore",
             )
+
+
+_MODES = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
+
+
+def _open_as(access: Access) -> os.stat_result:
+    """The file that an open() like the task's gives, with no more than a look where opening would break a lease."""
+    if access.leased:
+        if not os.access(access.path, _MODES[access.flags & os.O_ACCMODE]):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os.stat(access.path)
+    fd = os.open(access.path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)

@@ -37,12 +37,18 @@ _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file that some task can write to, as the task has it. append: every writer uses O_APPEND."""
+    """A file that some task can write to, as the task has it. append: every writer uses O_APPEND.
+
+    leased: a task has a lease on it, so that it must not be opened; fd: that task's descriptor, for reading without
+    moving its position, or -1 if it cannot be read.
+    """
 
     path: str
     device: int
     inode: int
     append: bool
+    leased: bool = False
+    fd: int = -1
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ def measure(request: Request) -> int:
         except OSError:
             continue
         if (now.st_dev, now.st_ino) != (file.device, file.inode):
+            continue
+        if file.leased:
+            total += _room(now)
             continue
         fd, status = _open_wanted(file)
         if fd >= 0:
@@ -149,11 +158,11 @@ class _Container:
         self._fd = fd
         self._end = 0
 
-    def add(self, fd: int, size: int, name: str) -> tuple[Extent, ...]:
-        """Copy the first `size` bytes of an open file."""
+    def add(self, fd: int, size: int, name: str, *, holes: bool = True) -> tuple[Extent, ...]:
+        """Copy the first `size` bytes of an open file. holes: look for them, which moves the file's position."""
         unit = LARGE if size >= LARGE else PAGE
         extents = []
-        for begin, end in data_ranges(fd, size):
+        for begin, end in data_ranges(fd, size) if holes else [(0, size)] if size else []:
             place = self._end + (begin - self._end) % unit
             _copy(fd, begin, self._fd, place, end - begin, name)
             extents.append(Extent(begin, end - begin, place))
@@ -241,6 +250,11 @@ def _save_wanted(
     found: dict[str, SavedFile],
     inodes: dict[tuple[int, int], str],
 ) -> None:
+    if file.leased:
+        status = os.stat(file.path, follow_symlinks=False)
+        whole = container.add(file.fd, status.st_size, file.path, holes=False) if file.fd >= 0 else None
+        found[file.path] = _entry(file.path, status, extents=whole)
+        return
     fd, status = _open_wanted(file)
     if fd < 0:
         found[file.path] = _entry(file.path, status, extents=None)

@@ -175,6 +175,24 @@ def tcp() -> Callable[[], object]:
 
 
 @resource
+def tcp_half_closed() -> Callable[[], object]:
+    """CLOSE_WAIT with something to read at one end, FIN_WAIT2 at the other, which can still be written to."""
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    peer, _ = server.accept()
+    KEPT.append(server)
+    client.send(b"the last")
+    client.shutdown(socket.SHUT_WR)
+
+    def check() -> bool:
+        said = peer.recv(9, MSG_PEEK)
+        peer.send(b"answer")
+        return said == b"the last" and client.recv(9) == b"answer"
+
+    return check
+
+
+@resource
 def eventfd_and_epoll() -> Callable[[], object]:
     event = os.eventfd(5, os.EFD_NONBLOCK)
     empty, _ = os.pipe()
