@@ -372,8 +372,9 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
         if below(path, places):
             return
         before = found.get(path)
-        leased = leased or (before and before.leased)
-        found[path] = OpenFile(path, status, append and (before is None or before.append), leased)
+        if before is not None:
+            append, leased = append and before.append, leased or before.leased
+        found[path] = OpenFile(path, status, append, leased)
 
     for task in whole.tasks:
         for fd, flags, leased in _descriptor_flags(task.pid):
