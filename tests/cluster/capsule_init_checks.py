@@ -26,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 from hpccr.model import FILES_LIST, FileRules, SavedFile, SavedFiles
+from hpccr.noded.addresses import GATEWAY_MAC
 from hpccr.noded.control import (
     MAX_PACKET,
     Build,
@@ -1180,7 +1181,20 @@ def connect(one: Capsule, number: int, vnis: list[int], *, uplink: bool = False)
     )
     ip("link", "set", device, "netns", str(one.pid), "name", "hpc0")
     if uplink:
-        ip("link", "add", "checkup", "type", "veth", "peer", "name", "up0", "netns", str(one.pid))
+        ip(
+            "link",
+            "add",
+            "checkup",
+            "address",
+            GATEWAY_MAC,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "up0",
+            "netns",
+            str(one.pid),
+        )
         ip("address", "add", "169.254.96.1/30", "dev", "checkup")
         ip("link", "set", "checkup", "up")
     reply = one.ask(
