@@ -92,7 +92,9 @@ class SlurmSite(Site):
         return self._query.why_signalled(self._allocation.job, self._allocation.restarts)
 
     def end_time(self) -> float | None:
-        return self._query.job(self._allocation.job).end_time
+        info = self._query.job(self._allocation.job)
+        # A job that is cancelled has this moment for its end, and must not be saved from it.
+        return None if "COMPLETING" in info.states else info.end_time
 
     def failure_rate(self) -> FailureRate:
         return estimate_mtbf(self._query.nodes(), time.time())

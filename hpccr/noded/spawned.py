@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,13 @@ class Spawned:
     """A child process; its stderr goes to the log line by line. It is not ended with the loop or this object."""
 
     def __init__(
-        self, argv: Sequence[str], *, label: str, descriptors: Sequence[int] = (), talks: bool = False
+        self,
+        argv: Sequence[str],
+        *,
+        label: str,
+        descriptors: Sequence[int] = (),
+        talks: bool = False,
+        environment: Mapping[str, str] = ENVIRONMENT,
     ) -> None:
         """talks: stdin and stdout are pipes (`process.stdin`, `process.stdout`); else both are /dev/null."""
         self._label = label
@@ -35,7 +41,7 @@ class Spawned:
             stdout=pipe,
             stderr=subprocess.PIPE,
             pass_fds=tuple(descriptors),
-            env=ENVIRONMENT,
+            env=environment,
             cwd="/",
             umask=0o077,
             # A signal from hpccrd's terminal is for hpccrd; a transfer outlives it.

@@ -29,7 +29,14 @@ STALL = 600.0
 BUFFER = 4 << 20
 """Bytes of the socket to the worker, each way."""
 MAX_STDERR = 64 << 10
-ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+KEEP_FREED = {
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_ARENA_MAX": "4",
+}
+"""For glibc (mallopt(3)): pieces of a mebibyte come and go all the time, and giving their memory back to the kernel
+each time costs more than copying them."""
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **KEEP_FREED}
 
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _HEADER = struct.Struct("!I")

@@ -12,9 +12,9 @@ import msgspec
 
 from hpccr.errors import HpccrError, error_for
 from hpccr.noded.control import Identity
-from hpccr.noded.spawned import Spawned, read_line, read_pipe
+from hpccr.noded.spawned import ENVIRONMENT, Spawned, read_line, read_pipe
 from hpccr.noded.spool import Directory
-from hpccr.noded.storeworker import User
+from hpccr.noded.storeworker import KEEP_FREED, User
 from hpccr.noded.transfer import Event, FetchJob, Finished, FlushJob, Moved, Refused
 
 MAX_EVENT = 1 << 20
@@ -40,6 +40,7 @@ class Transfer:
             label=label,
             descriptors=descriptors,
             talks=True,
+            environment={**ENVIRONMENT, **KEEP_FREED},
         )
 
     async def run(self, job: FlushJob | FetchJob, moved: Callable[[Moved], None]) -> Finished:
