@@ -413,6 +413,12 @@ def run(job: FlushJob | FetchJob, spool: int, copy: int = -1) -> Finished | Refu
 def yield_to_the_job(nice: int) -> None:
     """A flush runs beside the job and is in no hurry; a fetch is what the job waits for."""
     os.nice(nice)
+    # Where the kernel groups processes by session (sched(7)), niceness counts within ours only; the group has its own.
+    try:
+        with open("/proc/self/autogroup", "w") as group:
+            group.write(str(nice))
+    except OSError:
+        pass  # it does not
     if number := _SYS_IOPRIO_SET.get(os.uname().machine):
         # Only a wish: a kernel without I/O priorities refuses it, and nothing is lost.
         ctypes.CDLL(None).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_BEST_EFFORT_LOWEST)

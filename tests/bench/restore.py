@@ -1,9 +1,9 @@
 """How long a restore takes from the store, and from the spool, against `cp` of the images and `criu restore`.
 
-A program with half a gigabyte of memory (a quarter zeros, a quarter text, half random numbers) on one node. In turn:
-its agent is killed and it is restored in place, once reading the store and once the images kept in the spool; and by
-hand, the same program's uncompressed images are copied from the store's file system to the spool's and restored with
-CRIU alone.
+A program with half a gigabyte of memory (a quarter zeros, a quarter text, half random numbers) on one node; nothing but
+a launch root on a second. In turn: the second one's agent is killed and both are restored in place, once reading the
+store and once the images kept in the spool; and by hand, the same program's uncompressed images are copied from the
+store's file system to the spool's and restored with CRIU alone.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def measure(cluster: Cluster, repetitions: int) -> None:
     jobs = Jobs(cluster, "bench")
     times: dict[str, list[float]] = {"store": [], "spool": [], "cp": [], "criu": []}
     try:
-        job = jobs.submit("python3 program.py", nodes=1, tasks=1, files={"program.py": PROGRAM})
+        job = jobs.submit("python3 program.py", nodes=2, tasks=2, files={"program.py": PROGRAM})
         job.wait_output("up")
-        (node,) = job.slurm().nodes
+        nodes = job.slurm().nodes
         for number in range(repetitions + 1):
             job.checkpoint()
             cluster.forget_images()
-            samples = {"store": restored(job, cluster, node, local=False)}
+            samples = {"store": restored(job, cluster, nodes[1], local=False)}
             job.checkpoint()
-            samples["spool"] = restored(job, cluster, node, local=True)
-            samples["cp"], samples["criu"] = by_hand(job, cluster, node)
+            samples["spool"] = restored(job, cluster, nodes[1], local=True)
+            samples["cp"], samples["criu"] = by_hand(job, cluster, nodes[0])
             if number:  # the first ones fill caches
                 for name, taken in samples.items():
                     times[name].append(taken)
@@ -85,7 +85,7 @@ def restored(job: Job, cluster: Cluster, node: str, *, local: bool) -> float:
     (agent,) = agents(cluster, node)
     os.kill(agent, signal.SIGKILL)
     event = job.wait_event("restored", before + 1)
-    assert event["local"] == [local], event
+    assert event["local"] == [local] * 2, event
     wait_for("the new agent", lambda: [pid for pid in agents(cluster, node) if pid != agent])
     time.sleep(0.2)  # the command is being told; nothing is measured
     return float(event["fetch_seconds"][0] + event["restore_seconds"][0])
