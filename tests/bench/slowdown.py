@@ -6,6 +6,10 @@ Compared pair by pair: pieces between a checkpoint's release and its being durab
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 from jobs import Job, Jobs
 from nodes import Cluster
 from pairs import quartiles
@@ -28,6 +32,8 @@ while True:
 """
 WHOLE = {"HPCCR_STORE_SHARE": "1"}
 """What did not change is stored again: each flush is a whole one."""
+FULL = "flush_nice = 0\n"
+"""The line of the test cluster's hpccr.toml, the last one of its section, that takes the low priority away."""
 MARGIN = 0.3
 """Seconds after the flush that belong to neither."""
 
@@ -36,16 +42,40 @@ def measure(cluster: Cluster, repetitions: int) -> None:
     """Print the slow-down."""
     jobs = Jobs(cluster, "bench")
     try:
+        default_priorities(cluster)
         job = jobs.submit("python3 program.py", nodes=1, tasks=1, files={"program.py": PROGRAM}, environment=WHOLE)
         wait_for("work", lambda: done(job))
         found = [pair(job) for _ in range(repetitions)]
     finally:
         jobs.clear()
+        restart(cluster, {path: text + FULL for path, text in configurations(cluster).items()})
     low, middle, high = quartiles([1 - beside / alone for beside, alone, _ in found])
     print(
         f"\nslow-down of a job beside its flush ({quartiles([length for *_, length in found])[1]:.1f} s each): median "
         f"{middle:.1%} (quartiles {low:.1%} to {high:.1%}, {len(found)} pairs)"
     )
+
+
+def default_priorities(cluster: Cluster) -> None:
+    """The test cluster's flushes are in a hurry; these are not."""
+    restart(cluster, {path: text.replace(FULL, "") for path, text in configurations(cluster).items()})
+
+
+def configurations(cluster: Cluster) -> dict[Path, str]:
+    paths = [cluster.root(node) / "etc/hpccr/hpccr.toml" for node in cluster.nodes]
+    return {path: path.read_text() for path in paths}
+
+
+def restart(cluster: Cluster, files: dict[Path, str]) -> None:
+    """Write the configurations and let every hpccrd read them."""
+    for path, text in files.items():
+        path.write_text(text)
+    old = {node: cluster.hpccrd(node) for node in cluster.nodes}
+    for node in cluster.nodes:
+        os.kill(cluster.pid_one(node), signal.SIGHUP)
+    for node, pid in old.items():
+        wait_for("a new hpccrd", lambda: cluster.hpccrd(node) != pid)  # noqa: B023
+        wait_for("its socket", (cluster.root(node) / "run/hpccr/hpccrd.sock").exists)
 
 
 def pair(job: Job) -> tuple[float, float, float]:
