@@ -45,7 +45,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes that images may take in the spool, kept ones too; 0: all of its file system, kept ones half of it."""
     spool_keep: Annotated[float, msgspec.Meta(ge=0)] = 86400.0
     """Seconds that the newest durable images stay in the spool for a restore on this node; 0: they do not."""
-    flush_nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
+    flush_nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
     """Niceness of a flush beside a job that runs on; with 0 its I/O priority stays as it is too."""
     criu: str = "criu"
 

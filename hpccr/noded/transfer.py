@@ -62,7 +62,7 @@ class FlushJob(msgspec.Struct, frozen=True, tag=True):
     """Of zstd."""
     share: int = 20
     """Checkpoints that may rest on the same stored data."""
-    nice: int = 5
+    nice: int = 10
     """Added to the niceness; with 0 the I/O priority stays as it is too."""
     keep: Limits | None = None
 
