@@ -90,6 +90,8 @@ class Link:
     def __init__(self, sock: socket.socket, stall: float) -> None:
         sock.settimeout(stall)
         self._socket = sock
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self._stall = stall
         self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
         self._encoder = msgspec.msgpack.Encoder()
@@ -112,7 +114,7 @@ class Link:
 
     def ready(self) -> bool:
         """Whether the worker has said something."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        return bool(self._poll.poll(0))
 
     def receive(self) -> Ok | Taken | FragmentText | Data | End:
         """The next message. Raises as send()."""

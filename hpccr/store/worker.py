@@ -130,6 +130,8 @@ class Link:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self._descriptors: list[int] = []
 
     def send(self, message: msgspec.Struct) -> None:
@@ -152,7 +154,7 @@ class Link:
 
     def ready(self) -> bool:
         """Whether something has come (or the end)."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        return bool(self._poll.poll(0))
 
     def receive(self) -> bytes | None:
         """The body of the next frame; None at a clean end. Raises ProtocolError, OSError."""
