@@ -53,13 +53,15 @@ def same_file(first: int, second: int) -> bool:
 def stdin_kind(fd: int = 0) -> str:
     """ "pipe" if the job gets input through a pipe, "null" if there can be none."""
     try:
-        found = os.fstat(fd)
+        os.fstat(fd)
     except OSError:
         return "null"
-    null = os.stat(os.devnull)
-    if stat.S_ISCHR(found.st_mode) and found.st_rdev == null.st_rdev:
-        return "null"
-    return "pipe"
+    return "null" if _is_null(fd) else "pipe"
+
+
+def _is_null(fd: int) -> bool:
+    found, null = os.fstat(fd), os.stat(os.devnull)
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == null.st_rdev
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Sink:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[bytes | _Mark | None] = queue.SimpleQueue()
         self._regular = is_regular(fd)
+        self._told = False
+        """Whether the user knows that nothing can be taken back here."""
         self._journal = -1
         self._base = 0
         self._end = os.fstat(fd).st_size if self._regular else 0
@@ -136,6 +140,12 @@ class Sink:
         Call before anything is put. Returns a warning for the log, or "". Raises OSError.
         """
         target = position.position
+        if not self._regular and not _is_null(self._fd) and not self._told:
+            self._told = True
+            return (
+                "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken back, "
+                "and comes again"
+            )
         if target is None or not self._regular:
             return ""
         size = os.fstat(self._fd).st_size
