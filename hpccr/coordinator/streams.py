@@ -143,8 +143,8 @@ class Sink:
         if not self._regular and not _is_null(self._fd) and not self._told:
             self._told = True
             return (
-                "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken back, "
-                "and comes again"
+                "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken "
+                "back, and comes again"
             )
         if target is None or not self._regular:
             return ""
