@@ -31,10 +31,9 @@ from hpccr.coordinator.site import Site
 from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
 from hpccr.coordinator.succession import Succession
-from hpccr.coordinator.timekeeper import Timekeeper
+from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
 from hpccr.errors import ExitCode, HpccrError, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
-from hpccr.slurm.nodes import USUAL_MTBF, FailureRate
 from hpccr.store import events
 from hpccr.store.layout import FINISHED, Step
 from hpccr.store.publish import publish, remove
@@ -329,7 +328,7 @@ class Coordinator:
         config = self._config.checkpoint
         await Timekeeper(
             interval=parse_interval(config.interval),
-            rate=await self._failure_rate(),
+            rate=await failure_rate(config, self._site.failure_rate),
             nodes=len(set(self._placement)),
             costs=lambda: self._checkpoints.costs,
             end_time=self._site.end_time if config.at_limit == "requeue" else None,
@@ -342,17 +341,6 @@ class Coordinator:
     def _note(self, text: str) -> None:
         log.info("%s", text)
         self._event("interval", text=text)
-
-    async def _failure_rate(self) -> FailureRate:
-        if self._config.checkpoint.interval != "auto":
-            return FailureRate(USUAL_MTBF, "")  # nobody looks at it
-        if (configured := self._config.checkpoint.node_mtbf) > 0:
-            return FailureRate(configured, "checkpoint.node_mtbf")
-        try:
-            return await asyncio.to_thread(self._site.failure_rate)
-        except HpccrError as error:
-            log.warning("Slurm does not tell of its nodes: %s", error.message)
-            return FailureRate(USUAL_MTBF, "what is usual for a node")
 
     def _planned(self, due: float | None) -> None:
         self._due = due

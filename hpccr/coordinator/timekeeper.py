@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from hpccr.config import CheckpointConfig
 from hpccr.coordinator.schedule import Costs, Interval, last_moment, next_periodic
 from hpccr.errors import HpccrError
-from hpccr.slurm.nodes import FailureRate
+from hpccr.slurm.nodes import USUAL_MTBF, FailureRate
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,20 @@ LOOK_AGAIN = 300.0
 """Seconds between two questions to Slurm for the end time, which an administrator may move."""
 RETRY = 10.0
 """Seconds after a failed checkpoint before the time limit until the next attempt."""
+
+
+async def failure_rate(config: CheckpointConfig, ask: Callable[[], FailureRate]) -> FailureRate:
+    """How often a node fails, for the interval "auto": as configured, or what `ask` (blocking, may raise HpccrError)
+    finds out."""
+    if config.interval != "auto":
+        return FailureRate(USUAL_MTBF, "")  # nobody looks at it
+    if config.node_mtbf > 0:
+        return FailureRate(config.node_mtbf, "checkpoint.node_mtbf")
+    try:
+        return await asyncio.to_thread(ask)
+    except HpccrError as error:
+        log.warning("Slurm does not tell of its nodes: %s", error.message)
+        return FailureRate(USUAL_MTBF, "what is usual for a node")
 
 
 class Timekeeper:
