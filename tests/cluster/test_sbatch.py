@@ -247,7 +247,7 @@ rm /tmp/turns
 
 def test_a_loop_of_mpiruns_is_requeued_in_several_of_its_turns(jobs: Jobs, workloads: Workloads) -> None:
     """Its variables, its place in the loop, its files in /tmp: all go on. Each time on other nodes."""
-    body = LOOP.format(mpirun=workloads.pairs(rounds(40, 200), max_bytes=1 << 20))
+    body = LOOP.format(mpirun=workloads.pairs(rounds(15, 200), max_bytes=1 << 18))
     twin = jobs.sbatch(body, nodes=2, tasks=4)
     job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=2, tasks=4)
     turns = (1, 2, 3, 4, 5) if soak() else (2, 4)
@@ -296,7 +296,7 @@ def test_a_pipeline(jobs: Jobs, how: str) -> None:
 
 def test_a_python_script_with_arguments(jobs: Jobs) -> None:
     program = jobs.cluster.check("ctl", "cat", f"{SOURCES}/threads.py")
-    given = ["--rounds", str(rounds(500, 2000)), "--work", "20000", "--log", "threads.log"]
+    given = ["--rounds", str(rounds(250, 2000)), "--work", "20000", "--log", "threads.log"]
     twin = jobs.sbatch(program, interpreter="/usr/bin/python3", arguments=given)
     job = jobs.sbatch(program, ["--checkpoint=requeue"], interpreter="/usr/bin/python3", arguments=given)
     wait_for("output", lambda: job.output.exists() and job.output.stat().st_size)
