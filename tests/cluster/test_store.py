@@ -98,7 +98,8 @@ def flip(path: Path) -> None:
 def test_restored_from_the_spool(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     """On the same nodes nothing of the images is read from the store; damaged or lost copies are not used; and nothing
     stays when the job has ended."""
-    job = start(jobs, workloads)
+    job = jobs.submit(workloads.ticker())
+    job.wait_output("tick")
     nodes = job.slurm().nodes
     others = [node for node in cluster.nodes if node not in nodes]
     job.checkpoint()
@@ -129,13 +130,14 @@ def test_restored_from_the_spool(jobs: Jobs, cluster: Cluster, workloads: Worklo
     assert [len(cluster.kept(node)) for node in nodes] == [0, 0]
     job.checkpoint()
     assert [len(cluster.kept(node)) for node in nodes] == [1, 1]
-    goes_on(job, workloads)
+    job.cancel()
+    workloads.check_ticks(job.said())
     wait_for("nothing kept", lambda: not any(cluster.kept(node) for node in nodes))
 
 
 def test_a_checkpoint_before_the_last_is_durable(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     """By interval it is left out, asked for it waits, and both are told; a terminal shows how far the flush is."""
-    job = jobs.submit(workloads.stencil(), environment={"HPCCR_CHECKPOINT_INTERVAL": "10s"})
+    job = jobs.submit(workloads.ticker(hold=16), environment={"HPCCR_CHECKPOINT_INTERVAL": "10s"})
     job.wait_event("started")
     node = job.slurm().nodes[1]
     first = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
