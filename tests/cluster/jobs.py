@@ -87,7 +87,7 @@ class Job:
             reason=job["state_reason"],
         )
 
-    def wait_over(self, within: float = 120) -> Slurm:
+    def wait_over(self, within: float = 180) -> Slurm:
         """Slurm's view of it once it has ended, epilog and all."""
         return wait_for(f"end of job {self.id}", self._over, within=within, every=0.25)
 
@@ -95,7 +95,7 @@ class Job:
         found = self.slurm()
         return found if found.over else None
 
-    def wait_success(self, within: float = 120) -> None:
+    def wait_success(self, within: float = 180) -> None:
         """Returns when it has ended with exit code 0; anything else raises Failure with the job's files."""
         found = self.wait_over(within)
         if "COMPLETED" not in found.states:
@@ -213,6 +213,10 @@ class Job:
 
     def release(self) -> None:
         self.cluster.resume()
+
+    def open_gate(self) -> None:
+        """Let a program go on that waits for the file `gate` in its directory: it cannot have ended before."""
+        self.cluster.write(self.directory / "gate", "", self.user)
 
     def signal(self, name: str, *options: str) -> None:
         self.cluster.check("ctl", "scancel", f"--signal={name}", *options, str(self.id), user=self.user)

@@ -48,6 +48,6 @@ def test_a_chain_of_restarts(jobs: Jobs, cluster: Cluster) -> None:
                 wait_for("more output", lambda size=size: job.output.stat().st_size > size + 20_000)  # type: ignore[misc]
                 lose_a_part(job, cluster)
                 assert job.events("restored")[-1]["sequence"] == newest
-    cluster.write(job.directory / "gate", "", job.user)
+    job.open_gate()
     job.wait_success()
     check(job)

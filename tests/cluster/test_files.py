@@ -71,7 +71,7 @@ def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, wor
             assert saved.count("shared") == 1 and saved.count("log") == 4 and "counter" in saved
         lose_a_part(job, cluster)
     job.requeue()
-    cluster.write(job.directory / "gate", "", job.user)
+    job.open_gate()
     job.wait_success()
     assert job.said() == twin.said()
     assert f"database {steps} ok" in job.said()

@@ -11,7 +11,7 @@ from nodes import Cluster
 from waiting import wait_for
 from workloads import SOURCES, Workloads
 
-PIPELINE = f"sh {SOURCES}/pipeline.sh 150 100000"
+PIPELINE = f"sh {SOURCES}/pipeline.sh 80 100000 gate"
 
 COUNTER = """\
 import signal, sys, time
@@ -44,12 +44,13 @@ def test_standard_input(jobs: Jobs, source: str) -> None:
     """It reaches the program as it is, and a restored program does not read any of it twice."""
     content = "".join(f"line {number} {'x' * (number % 200)}\n" for number in range(20000))
     command = f"{PIPELINE} {source}"
-    twin = jobs.submit(command, nodes=1, tasks=1, files={"input.txt": content}, plain=True)
+    twin = jobs.submit(command, nodes=1, tasks=1, files={"input.txt": content, "gate": ""}, plain=True)
     twin.wait_success()
     job = jobs.submit(command, nodes=1, tasks=1, files={"input.txt": content})
     running(job, "round 5")
     if "cat" not in source:  # what fed the pipe is outside of the checkpoint and starts again
         job.requeue()
+    job.open_gate()
     job.wait_success()
     assert job.said() == twin.said()
 
@@ -70,10 +71,11 @@ def test_input_is_read_where_it_was_left(jobs: Jobs) -> None:
 
 
 def test_standard_error_is_kept_apart(jobs: Jobs) -> None:
-    twin = jobs.submit(PIPELINE, nodes=1, tasks=1, stderr=True, plain=True)
+    twin = jobs.submit(PIPELINE, nodes=1, tasks=1, stderr=True, files={"gate": ""}, plain=True)
     twin.wait_success()
     job = running(jobs.submit(PIPELINE, nodes=1, tasks=1, stderr=True), "round 20")
     job.requeue()
+    job.open_gate()
     job.wait_success()
     assert job.said() == twin.said()
     assert job.errors.read_text() == twin.errors.read_text() != ""
@@ -81,12 +83,13 @@ def test_standard_error_is_kept_apart(jobs: Jobs) -> None:
 
 def test_output_redirected_in_the_script(jobs: Jobs) -> None:
     """`> file` truncates when the requeued script comes to it again; what was in it is put back."""
-    twin = jobs.submit(f"{PIPELINE} > result.txt", nodes=1, tasks=1, plain=True)
+    twin = jobs.submit(f"{PIPELINE} > result.txt", nodes=1, tasks=1, files={"gate": ""}, plain=True)
     twin.wait_success()
     job = jobs.submit(f"{PIPELINE} > result.txt", nodes=1, tasks=1)
     result = job.directory / "result.txt"
     wait_for("output", lambda: result.exists() and "round 20" in result.read_text())
     job.requeue()
+    job.open_gate()
     job.wait_success()
     assert result.read_text() == (twin.directory / "result.txt").read_text()
 
@@ -106,6 +109,7 @@ def test_exit_code_of_a_restored_job(jobs: Jobs) -> None:
     job = jobs.submit(f"sh -c '{PIPELINE}; exit 5'", nodes=1, tasks=1)
     running(job, "round 5")
     job.requeue()
+    job.open_gate()
     assert job.wait_over().code == 5
 
 
@@ -152,9 +156,10 @@ def test_what_has_finished_is_not_run_again(jobs: Jobs) -> None:
     job.wait_output("round 5")
     job.hpccr_ok("requeue")
     wait_for("restored", lambda: job.events("restored", step=1), within=60)
+    job.open_gate()
     job.wait_success()
     assert (job.directory / "first.txt").read_text() == "first\n"
-    assert job.said().count("round 5 ") == 1 and "done 150" in job.said()
+    assert job.said().count("round 5 ") == 1 and "done 80" in job.said()
 
 
 # --- what it tells ----------------------------------------------------------------------------------------------------
