@@ -1,6 +1,7 @@
 """What a safe point costs when no checkpoint is asked for: in C and Python, in a capsule and outside of hpccr.
 
-Two ranks on one node in each case; a loop of some work is timed with and without a safe point in each turn.
+Two ranks on one node in each case; a loop of some work is timed with and without a safe point in each turn. Processor
+time, the least of many rounds: how long others keep the processor is not what a safe point costs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def measure(cluster: Cluster, repetitions: int) -> None:
     source, library = "/src/tests/bench/safepoint.c", f"{OUT}/libhpccr_mpi.a"
     cluster.check(node, "mpicc.mpich", "-O2", "-I/src/mpi", "-o", f"{OUT}/safepoint", source, library)
     print(f"safe point, nothing asked: median of {repetitions} runs of 2 ranks on one node")
-    print(f"{'':8}{'where':12}{'ns per call':>12}{'limit':>8}{'loop with / without':>22}")
+    print(f"{'':8}{'where':12}{'CPU ns/call':>12}{'limit':>8}{'loop with / without':>22}")
     for language, command in PROGRAMS.items():
         for where, plain in (("capsule", False), ("no hpccr", True)):
             rows = samples(cluster, command, repetitions, plain=plain)

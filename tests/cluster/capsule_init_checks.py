@@ -51,6 +51,8 @@ from hpccr.wire.messages import (
     Freeze,
     Frozen,
     Prepared,
+    Quiesce,
+    Quiesced,
     Release,
     Released,
     Restored,
@@ -61,6 +63,7 @@ from hpccr.wire.messages import (
     Started,
     Unheld,
     Unhold,
+    Wanted,
 )
 
 USER = 1001
@@ -313,6 +316,95 @@ def processes_of_user() -> list[str]:
             if f"\nUid:\t{USER}\t" in text and "State:\tZ" not in text:
                 found.append(text.splitlines()[0])
     return found
+
+
+# --- safe points ------------------------------------------------------------------------------------------------
+
+HOSTILE_PAGES = """
+    import os, struct, sys
+    page = "/dev/shm/hpccr-quiesce"
+    magic, entry = struct.pack("<QQ", 0x3130514343504848, 1 << 40), struct.pack("<QIIIIII96x", 5, 1, 2, 0, 0, 1, 0)
+
+    def whole():
+        with open(page, "wb") as file:
+            file.write(magic.ljust(4096, b"\\0") + 1024 * entry)
+
+    def short():
+        whole()
+        os.truncate(page, 4096 + 100)
+
+    makers = {
+        "link": lambda: os.symlink("/etc/passwd", page),
+        "outside": lambda: os.symlink("/proc/self/mem", page),
+        "fifo": lambda: os.mkfifo(page),
+        "directory": lambda: os.mkdir(page),
+        "empty": lambda: open(page, "w").close(),
+        "closed": lambda: (whole(), os.chmod(page, 0)),
+        "short": short,
+        "whole": whole,
+    }
+    for line in sys.stdin:
+        name = line.strip()
+        if name == "gone":
+            os.rmdir(page) if os.path.isdir(page) else os.unlink(page)
+        elif name == "cut":
+            os.truncate(page, 64)
+        else:
+            makers[name]()
+        print("made", name, flush=True)
+"""
+
+
+@case
+def pages_that_are_none(home: Path) -> None:
+    """Whatever the user makes of the page of the safe points, init answers, and the job can still be checkpointed."""
+    with capsule() as one, spool() as directory:
+        one.script(HOSTILE_PAGES)
+
+        def make(name: str) -> None:
+            one.write(f"{name}\n".encode())
+            one.read_until(f"made {name}\n".encode())
+
+        def stage(name: str, *targets: tuple[int, int]) -> Quiesced:
+            reply = one.ask(Quiesce(name, 100, targets))  # type: ignore[arg-type]
+            assert isinstance(reply, Quiesced), (name, reply)
+            return reply
+
+        for name in ("link", "outside", "fifo", "directory", "empty", "closed"):
+            make(name)
+            assert stage("ask") == stage("arrive", (5, 1)) == stage("finish", (5, 1)) == Quiesced(()), name
+            assert isinstance(one.ask(Abort("no")), Aborted)
+            make("gone")
+        make("short")
+        assert stage("ask") == Quiesced(())
+        make("whole")
+        # More entries claimed than there can be: init looks at no more. This one's pid 1 is its own.
+        ranks = stage("ask").ranks
+        assert len(ranks) == 1024 and not any(rank.gone for rank in ranks)
+        assert not any(rank.arrived for rank in stage("arrive", (5, 1)).ranks)
+        make("cut")
+        assert stage("finish", (5, 1)) == Quiesced(())
+        assert isinstance(one.ask(Abort("no")), Aborted)
+        one.checkpoint(directory)
+
+
+@case
+def wishes_for_checkpoints(home: Path) -> None:
+    """Many at once are one; after a while another one is heard."""
+    with capsule() as one:
+        one.script("""
+            import socket, sys
+            for line in sys.stdin:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    for _ in range(int(line)):
+                        sock.sendto(b"c", socket.MSG_DONTWAIT, "\\0hpccr-request")
+        """)
+        one.write(b"5\n")
+        start = time.monotonic()
+        assert isinstance(one.receive(), Wanted)
+        one.write(b"1\n")
+        assert isinstance(one.receive(), Wanted)
+        assert time.monotonic() - start >= 0.9, "a second one within a second"
 
 
 # --- launching --------------------------------------------------------------------------------------------------
