@@ -27,13 +27,14 @@ def measure(cluster: Cluster, repetitions: int) -> None:
     source, library = "/src/tests/bench/safepoint.c", f"{OUT}/libhpccr_mpi.a"
     cluster.check(node, "mpicc.mpich", "-O2", "-I/src/mpi", "-o", f"{OUT}/safepoint", source, library)
     print(f"safe point, nothing asked: median of {repetitions} runs of 2 ranks on one node")
-    print(f"{'':8}{'where':12}{'CPU ns/call':>12}{'limit':>8}{'loop with / without':>22}")
+    print(f"{'':8}{'where':12}{'CPU ns/call':>12}{'limit':>8}{'ns per turn':>14}{'loop with / without':>22}")
     for language, command in PROGRAMS.items():
         for where, plain in (("capsule", False), ("no hpccr", True)):
             rows = samples(cluster, command, repetitions, plain=plain)
             call = statistics.median(row[0] for row in rows)
             ratio = statistics.median(row[2] / row[1] for row in rows)
-            print(f"{language:8}{where:12}{call:12.1f}{LIMITS[language]:8.0f}{ratio:22.3f}")
+            turn = statistics.median(row[1] for row in rows)
+            print(f"{language:8}{where:12}{call:12.1f}{LIMITS[language]:8.0f}{turn:14.0f}{ratio:22.3f}")
 
 
 def samples(cluster: Cluster, command: str, repetitions: int, *, plain: bool) -> list[list[float]]:

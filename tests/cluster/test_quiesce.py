@@ -24,9 +24,8 @@ def library(cluster: Cluster) -> Callable[[str], str]:
 
     def build(mpi: str) -> str:
         out = f"/shared/programs/mpi-{mpi}"
-        cluster.check(
-            cluster.nodes[0], "make", "-s", "-C", "/src/mpi", f"MPICC=mpicc.{mpi}", f"OUT={out}", "all", "examples"
-        )
+        settings = (f"MPICC=mpicc.{mpi}", "CFLAGS=-O2 -g -Werror", f"OUT={out}")
+        cluster.check(cluster.nodes[0], "make", "-s", "-C", "/src/mpi", *settings, "all", "examples")
         return out
 
     return build
