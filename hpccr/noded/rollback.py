@@ -47,6 +47,8 @@ class _Rollback:
         self._directories: set[str] = set()
         """Where names change: synced at the end."""
         self._changed = 0
+        self._shared = _inodes_of_several(saved)
+        """Files that have become one since: each of them gets one of its own again."""
 
     def run(self) -> int:
         directories = [file for file in self._saved.files if stat.S_ISDIR(file.mode)]
@@ -130,7 +132,9 @@ class _Rollback:
         if file.extents is None:
             self._plan_cut(file, path, status)
             return
-        if status is not None and stat.S_ISREG(status.st_mode) and status.st_size >= file.size:
+        there = status is not None and stat.S_ISREG(status.st_mode)
+        shared = status is not None and (status.st_dev, status.st_ino) in self._shared
+        if status is not None and there and not shared and status.st_size >= file.size:
             fd = _open_to_compare(path)
             if fd >= 0:
                 try:
@@ -139,15 +143,16 @@ class _Rollback:
                     os.close(fd)
                 if equal:
                     if status.st_size > file.size:
-                        self._do(path, lambda: os.truncate(path, file.size))
+                        _check_writable(path, status)
+                        self._do(path, lambda: _cut(path, file.size))
                     self._then.append(lambda: self._set_attributes(file))
                     return
-        elsewhere = status is not None and stat.S_ISREG(status.st_mode) and not self._replaceable(status, file)
-        temporary = "" if elsewhere else self._write_beside(file, path)
+        in_place = status is not None and there and not shared and not self._replaceable(status, file)
+        temporary = "" if in_place else self._write_beside(file, path)
         if temporary:
             self._do(path, lambda: _exchange(temporary, path))
-        elif status is not None and stat.S_ISREG(status.st_mode):
-            _check_writable(path)
+        elif status is not None and there and not shared:
+            _check_writable(path, status)
             self._do(path, lambda: self._write_in_place(file, path))
         else:
             raise HpccrError(
@@ -168,8 +173,8 @@ class _Rollback:
                 hint="put the file back as it was; it was larger than files.snapshot_limit, or not to be read",
             )
         if status.st_size > file.size:
-            _check_writable(path)
-            self._do(path, lambda: os.truncate(path, file.size))
+            _check_writable(path, status)
+            self._do(path, lambda: _cut(path, file.size))
         self._then.append(lambda: self._set_attributes(file))
 
     def _replaceable(self, status: os.stat_result, file: SavedFile) -> bool:
@@ -219,7 +224,7 @@ class _Rollback:
                 done += os.pwrite(fd, data, extent.start + done)
 
     def _write_in_place(self, file: SavedFile, path: str) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _open_to_write(path)
         try:
             end = 0
             for extent in file.extents or ():
@@ -339,9 +344,40 @@ def _open_to_compare(path: str) -> int:
         return -1  # its mode has changed: it is written anew
 
 
-def _check_writable(path: str) -> None:
+def _check_writable(path: str, status: os.stat_result) -> None:
     """Raises OSError if a file that has to be written in place cannot be."""
-    os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    if status.st_uid != os.geteuid():
+        os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+
+
+def _open_to_write(path: str) -> int:
+    """Its owner can, whatever its mode, which changes: _set_attributes comes after."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except PermissionError:
+        os.chmod(path, 0o600)
+        return os.open(path, flags)
+
+
+def _cut(path: str, size: int) -> None:
+    fd = _open_to_write(path)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _inodes_of_several(saved: SavedFiles) -> set[tuple[int, int]]:
+    """Device and inode of every file whose names were those of different files at the checkpoint."""
+    seen, several = set(), set()
+    for file in saved.files:
+        if stat.S_ISREG(file.mode) and not file.same:
+            status = _status(os.fsdecode(file.path))
+            if status is not None:
+                inode = (status.st_dev, status.st_ino)
+                (several if inode in seen else seen).add(inode)
+    return several
 
 
 def _set_xattrs(fd: int, file: SavedFile) -> None:

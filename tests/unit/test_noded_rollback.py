@@ -319,6 +319,27 @@ def test_a_tree_that_is_gone_comes_back(tmp_path: Path) -> None:
         tree.rmdir()
 
 
+def test_two_files_that_have_become_one(tmp_path: Path) -> None:
+    for name, text in (("a", "a's text"), ("b", "b's longer text"), ("c", "a's")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o444)
+    with changed(tmp_path):
+        for name in "bc":
+            (tmp_path / name).unlink()
+            (tmp_path / name).hardlink_to(tmp_path / "a")
+
+
+def test_the_owner_may_not_write_it_now(tmp_path: Path) -> None:
+    (tmp_path / "grown").write_text("text")
+    (tmp_path / "linked").write_text("text")
+    (tmp_path / "link").hardlink_to(tmp_path / "linked")
+    with changed(tmp_path):
+        (tmp_path / "grown").write_text("text and more")
+        (tmp_path / "linked").write_text("other text")
+        for path in tmp_path.iterdir():
+            path.chmod(0o400)
+
+
 # --- any history ------------------------------------------------------------------------------------------------------
 
 OPERATIONS = ("write", "append", "truncate", "recreate", "replace", "remove", "link", "chmod", "punch")
