@@ -36,6 +36,8 @@ STOPPED = 5.0
 """Seconds after which a timer that comes too late says that this process was stopped, and not just slow."""
 HURRY = 5.0
 """Seconds for ranks to come to a safe point when Slurm is about to kill the job."""
+EXIT_GRACE = 2.0
+"""Seconds after a command's failure in which a capsule's loss explains it: the job then goes on from a checkpoint."""
 BARRIER_TIMEOUT = 60.0
 """Seconds for the phases that only let go: resume, unhold, release, abort."""
 
@@ -92,6 +94,7 @@ class Boot:
         self.last: Snapshot | None = None
         self.last_error = ""
         self.failed = 0
+        self._signalled = False
         self.taken = 0
         self.skipped = 0
         self.waiting = False
@@ -140,6 +143,9 @@ class Boot:
             case m.Flushing(sequence, done, total):
                 if sequence == self.state.flush_sequence:
                     self.flushed[member.capsule] = (done, total)
+            case m.Exited(code) if code and not self._signalled and self.state.capsules > 1:
+                # mpirun fails when a part of the job is gone, and may be faster than the news of what it was.
+                self._loop.call_later(EXIT_GRACE, self.feed, plan.Reply(member.capsule, message))
             case m.Flushed(sequence, size, _) if sequence == self.state.flush_sequence:
                 self.flushed[member.capsule] = (size, size)
                 self.feed(plan.Reply(member.capsule, message))
@@ -488,6 +494,7 @@ class Boot:
 
     def signal(self, signum: int) -> None:
         """Pass a signal to the job's command."""
+        self._signalled = True
         self._members[0].post(m.Signal(signum))
 
     def output_taken(self, count: int) -> None:
