@@ -19,16 +19,17 @@ MAX_REQUEST = 4 << 20
 """Longest frame hpccrd takes from a user."""
 
 
-async def _connected(path: str, *, last: bool) -> socket.socket | None:
-    """A socket connected to hpccrd's; None if nobody listens there now, or an error if last. Raises as Lease.open()."""
+def _connected(path: str, *, last: bool) -> socket.socket | None:
+    """A socket connected to hpccrd's; None if it cannot be had now, or an error if last. Raises as Lease.open()."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(sock, path)
+        # Never in progress, for a unix socket: asyncio would take EAGAIN (the queue is full) for that, and for success.
+        sock.connect(path)
         return sock
     except OSError as error:
         sock.close()
-        if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+        if error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN):
             raise PeerLostError(f"cannot connect to hpccrd at {path}: {error.strerror}") from None
         if not last:
             return None
@@ -50,7 +51,7 @@ class Lease:
     async def open(cls, path: str) -> Lease:
         """Connect to hpccrd's socket. Raises UnsupportedError (no hpccrd) or PeerLostError."""
         deadline = time.monotonic() + PATIENCE
-        while (sock := await _connected(path, last=time.monotonic() >= deadline)) is None:
+        while (sock := _connected(path, last=time.monotonic() >= deadline)) is None:
             await asyncio.sleep(RETRY)
         # The transport reads; a duplicate sends, because asyncio's transports cannot send descriptors.
         reader, writer = await asyncio.open_unix_connection(sock=sock.dup())

@@ -370,7 +370,8 @@ def _cut(path: str, size: int) -> None:
 
 def _inodes_of_several(saved: SavedFiles) -> set[tuple[int, int]]:
     """Device and inode of every file whose names were those of different files at the checkpoint."""
-    seen, several = set(), set()
+    seen: set[tuple[int, int]] = set()
+    several: set[tuple[int, int]] = set()
     for file in saved.files:
         if stat.S_ISREG(file.mode) and not file.same:
             status = _status(os.fsdecode(file.path))
