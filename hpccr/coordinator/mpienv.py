@@ -30,7 +30,7 @@ SHIMS = str(Path(__file__).resolve().parents[1] / "capsule" / "bin")
 """Commands of Slurm's that are something else inside a capsule."""
 
 INSIDE = "HPCCR_CAPSULE"
-"""Variable with the index of the capsule that a process is in; see inside()."""
+"""Variable with the index of the capsule whose launch root a process was started by; see inside()."""
 OWN = "HPCCR_OWN"
 """Variable with the names of those that are set here: void for a job that is submitted from inside a capsule."""
 
@@ -124,8 +124,9 @@ def capsule_environment(
 
 
 def inside(environ: Mapping[str, str]) -> bool:
-    """Whether this process is in a capsule. The variable alone does not tell: sbatch takes it along into other jobs."""
-    return environ.get(INSIDE, "") != "" and os.uname().nodename == f"hpccr-{environ[INSIDE]}"
+    """Whether this process is in a capsule. The variable alone does not tell: sbatch takes it along into other jobs. Nor
+    does its value, which mpirun carries from its own capsule to the ranks in all of them."""
+    return bool(environ.get(INSIDE)) and re.fullmatch(r"hpccr-[0-9]+", os.uname().nodename) is not None
 
 
 def _apply(setting: Setting, result: dict[str, str], warnings: list[str]) -> None:

@@ -215,4 +215,5 @@ def test_inside(monkeypatch: pytest.MonkeyPatch) -> None:
         here = os.uname_result((name.sysname, f"hpccr-{index}", name.release, name.version, name.machine))
         monkeypatch.setattr(os, "uname", lambda here=here: here)
         assert mpienv.inside(result | {mpienv.INSIDE: index})
+        assert mpienv.inside(result)  # as mpirun carries it from capsule 0
         assert not mpienv.inside({})
