@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         record.argv,
         allocation=Allocation.from_environ(os.environ),
         resume=True,
+        asked=True,
         sequence=args.sequence,
         verbose=args.verbose,
     )

@@ -98,7 +98,8 @@ class Candidates:
             self._warn(f"checkpoint {checkpoint.sequence} is passed over: {problem}")
         if damaged:
             raise CorruptError(
-                f"no checkpoint of {self._step.key} can be restored: {'; '.join(damaged)}", hint=self._afresh
+                f"no checkpoint of {self._step.key} can be restored: {'; '.join(damaged)}",
+                hint=self._afresh or f"`hpccr verify {self._step.key.job}` tells what is wrong with each",
             )
         return None
 

@@ -124,8 +124,11 @@ def capsule_environment(
 
 
 def inside(environ: Mapping[str, str]) -> bool:
-    """Whether this process is in a capsule. The variable alone does not tell: sbatch takes it along into other jobs. Nor
-    does its value, which mpirun carries from its own capsule to the ranks in all of them."""
+    """Whether this process is in a capsule.
+
+    The variable alone does not tell: sbatch takes it along into other jobs. Nor does its value, which mpirun carries
+    from its own capsule to the ranks in all of them.
+    """
     return bool(environ.get(INSIDE)) and re.fullmatch(r"hpccr-[0-9]+", os.uname().nodename) is not None
 
 

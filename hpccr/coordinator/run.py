@@ -68,6 +68,7 @@ class Coordinator:
         agent_command: Callable[[dict[str, int]], list[str]],
         incarnation: int,
         resume: bool,
+        asked: bool = False,
         sequence: int | None = None,
         batch: bool = False,
         run: int = 0,
@@ -75,6 +76,7 @@ class Coordinator:
         """incarnation: of the step's last boot, -1 if it has had none. run: SLURM_RESTART_COUNT.
 
         resume: start from the newest complete checkpoint if there is one; sequence: exactly from this one.
+        asked: by a person, who may try as often as it takes.
         batch: the command is the whole batch script, and SIGUSR1 asks for a checkpoint instead of being the command's.
         """
         self._config = config
@@ -84,6 +86,7 @@ class Coordinator:
         self._agent_command = agent_command
         self._incarnation = incarnation
         self._resume = resume
+        self._asked = asked
         self._sequence = sequence
         self._batch = batch
         self._succession = Succession(step, run)
@@ -191,7 +194,7 @@ class Coordinator:
         """The command's exit code, or None when the job was checkpointed to be started again."""
         what = command(self._secret)
         self._record("starting", argv=what.argv)
-        happened = await asyncio.to_thread(events.read, self._step.events_path)
+        happened = [] if self._asked else await asyncio.to_thread(events.read, self._step.events_path)
         candidates = Candidates(self._step, self._loud, afresh=self._afresh(), happened=happened)
         source = await self._first_source(candidates)
         restarts = last_restart = 0

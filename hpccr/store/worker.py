@@ -335,8 +335,8 @@ class Cutter:
         self._cuts[pagemap.pages_name(pages)] = ends
 
 
-def fetch(link: Link) -> None:
-    """Serve one fetch until hpccrd closes the socket. Raises HpccrError, OSError."""
+def fetch(link: Link) -> int:
+    """Serve one fetch until hpccrd closes the socket. Returns the exit status. Raises HpccrError, OSError."""
     decoder: msgspec.msgpack.Decoder[FetchRequest] = msgspec.msgpack.Decoder(FetchRequest)
     request = _decode(decoder.decode, link.receive())
     if not isinstance(request, FetchOpen):
@@ -351,19 +351,25 @@ def fetch(link: Link) -> None:
     lanes: list[threading.Thread] = []
     with Reader(directory, index.read_index(directory)) as reader:
         try:
-            while (body := link.receive()) is not None:
-                request = _decode(decoder.decode, body)
-                if isinstance(request, FetchLane) and len(lanes) < MAX_LANES:
-                    lane = socket.socket(fileno=link.descriptor())
-                    lanes.append(threading.Thread(target=_serve, args=("lane", lane, lambda one: _lane(one, reader))))
-                    lanes[-1].start()
-                elif isinstance(request, FetchGet):
-                    _send_file(link, reader, request.name)
-                else:
-                    raise ProtocolError(f"{type(request).__name__} where a request for a file must come")
+            # An error is told here, before the wait for the lanes: they end when hpccrd, which knows then, closes them.
+            return _act("fetch", link, lambda one: _main_lane(one, reader, lanes))
         finally:
             for thread in lanes:
                 thread.join()
+
+
+def _main_lane(link: Link, reader: Reader, lanes: list[threading.Thread]) -> None:
+    decoder: msgspec.msgpack.Decoder[FetchRequest] = msgspec.msgpack.Decoder(FetchRequest)
+    while (body := link.receive()) is not None:
+        request = _decode(decoder.decode, body)
+        if isinstance(request, FetchLane) and len(lanes) < MAX_LANES:
+            lane = socket.socket(fileno=link.descriptor())
+            lanes.append(threading.Thread(target=_serve, args=("lane", lane, lambda one: _lane(one, reader))))
+            lanes[-1].start()
+        elif isinstance(request, FetchGet):
+            _send_file(link, reader, request.name)
+        else:
+            raise ProtocolError(f"{type(request).__name__} where a request for a file must come")
 
 
 def _lane(link: Link, reader: Reader) -> None:
@@ -404,10 +410,10 @@ def _decode[T](decode: Callable[[bytes], T], body: bytes | None) -> T:
 
 def serve(mode: str, sock: socket.socket) -> int:
     """Run one transfer over `sock`, report an error to the peer and close `sock`. Returns the exit status."""
-    return _serve(mode, sock, {"flush": flush, "fetch": fetch}[mode])
+    return _serve(mode, sock, flush if mode == "flush" else fetch)
 
 
-def _serve(mode: str, sock: socket.socket, act: Callable[[Link], None]) -> int:
+def _serve(mode: str, sock: socket.socket, act: Callable[[Link], int | None]) -> int:
     with sock:
         link = Link(sock)
         try:
@@ -416,10 +422,9 @@ def _serve(mode: str, sock: socket.socket, act: Callable[[Link], None]) -> int:
             link.close()
 
 
-def _act(mode: str, link: Link, act: Callable[[Link], None]) -> int:
+def _act(mode: str, link: Link, act: Callable[[Link], int | None]) -> int:
     try:
-        act(link)
-        return 0
+        return act(link) or 0
     except HpccrError as error:
         # The many ways in which a fragment can be damaged have one remedy.
         hint = error.hint or (INTACT if isinstance(error, CorruptError) else "")

@@ -83,7 +83,7 @@ def ended(process: subprocess.Popen[str], within: float = 120) -> int:
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, library: str) -> None:
     if library == "mpich":
-        command = workloads.pairs(rounds(2000, 6000), ranks=2)
+        command = workloads.pairs(rounds(1000, 4000), ranks=2, pause=10)
     else:
         mpirun = OPEN_MPI.format(each=2, ranks=2)
         command = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --rate 100 --steps {rounds(1500, 5000)}"

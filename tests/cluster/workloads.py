@@ -41,9 +41,12 @@ class Workloads:
         mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
         return f"{mpirun} {NICE} lmp -in {SOURCES}/melt.in -var size 10 -var steps {steps} -var every 10 -log melt.log"
 
-    def pairs(self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None) -> str:
-        """The program that checks every byte and order of random messages, under MPICH."""
-        return f"mpirun.mpich -n {ranks} {NICE} /shared/programs/pairs {seed or self.seed} {rounds} 10 {max_bytes}"
+    def pairs(
+        self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None, pause: int = 0
+    ) -> str:
+        """The program that checks every byte and order of random messages, under MPICH. pause: ms between rounds."""
+        mpirun, seed = f"mpirun.mpich -n {ranks} {NICE}", seed or self.seed
+        return f"{mpirun} /shared/programs/pairs {seed} {rounds} 10 {max_bytes}" + (f" {pause}" if pause else "")
 
     def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2) -> str:
         """The halo exchange in mpi4py, which also appends to residuals.txt."""

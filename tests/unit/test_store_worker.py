@@ -311,6 +311,33 @@ def test_fetch_says_what_is_missing(tmp_path: Path) -> None:
     assert answer["code"] == 12 and "index.bin" in answer["message"]
 
 
+@pytest.mark.parametrize("damaged_on", ["main", "lane"])
+def test_damage_is_told_while_the_other_lanes_are_open(tmp_path: Path, damaged_on: str) -> None:
+    """hpccrd closes the lanes when it knows of the damage, so the worker may not wait for that before it tells."""
+    directory = tmp_path / "c"
+    with thread("flush") as peer:
+        peer.send(t="open", directory=str(directory), total=1)
+        peer.put("pages.img", os.urandom(5000))
+        peer.send(t="publish", fragment=b"{}")
+        peer.receive()
+        peer.until("ok")
+    (pack,) = directory.glob("*.pack")
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.write_bytes(data)
+    with thread("fetch") as peer:
+        peer.send(t="open", directory=str(directory))
+        assert peer.receive()["t"] == "fragment"
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                peer.send(t="lane", descriptor=theirs.fileno())
+            asked = peer if damaged_on == "main" else Peer(ours)
+            asked.send(t="get", name="pages.img")
+            answer = asked.receive()
+            assert answer["t"] == "error" and answer["code"] == 12 and pack.name in answer["message"]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), mode=st.sampled_from(["flush", "fetch"]))
 def test_any_bytes_end_in_an_error(data: bytes, mode: str) -> None:

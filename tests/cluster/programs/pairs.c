@@ -1,13 +1,14 @@
 /*
  * Random messages between all pairs of ranks without pause, every byte and the order checked at the receiver.
  *
- *     pairs SEED ROUNDS [BLOCK [MAX_BYTES]]
+ *     pairs SEED ROUNDS [BLOCK [MAX_BYTES [PAUSE]]]
  *
  * In each round every ordered pair exchanges 0 to 3 messages of 1 to MAX_BYTES bytes (4 MiB; small ones are as frequent
  * as large ones, by orders of magnitude). Sizes, contents and ways follow from (SEED, source, destination, number of
  * the message of this pair). Two ways are mixed:
  *     BLOCKING  a receive posted at the start of the round, MPI_Send or MPI_Ssend
  *     PROBED    MPI_Isend or MPI_Issend, MPI_Probe or MPI_Mprobe and a blocking receive
+ * PAUSE, milliseconds between two rounds, is for a job that has to be there for a while.
  * No rank waits for a round of the others but by these messages, so the ranks run up to a round apart.
  *
  * stdout, the same in every run with the same arguments and number of ranks: a line per BLOCK rounds (10) and
@@ -20,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { BLOCKING, PROBED, WAYS };
 enum { MAX_PER_PAIR = 3 };
@@ -258,14 +260,14 @@ static void report(const char *what)
 
 int main(int argc, char **argv)
 {
-    int rounds, block;
+    int rounds, block, pause;
     char name[32];
 
     MPI_Init(&argc, &argv);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     if (argc < 3 || ranks < 2) {
-        fprintf(stderr, "usage: mpirun -n 2 (or more) pairs SEED ROUNDS [BLOCK [MAX_BYTES]]\n");
+        fprintf(stderr, "usage: mpirun -n 2 (or more) pairs SEED ROUNDS [BLOCK [MAX_BYTES [PAUSE]]]\n");
         MPI_Abort(MPI_COMM_WORLD, 2);
     }
     seed = strtoull(argv[1], NULL, 0);
@@ -273,12 +275,15 @@ int main(int argc, char **argv)
     block = argc > 3 ? atoi(argv[3]) : 10;
     if (argc > 4)
         max_bytes = atof(argv[4]);
+    pause = argc > 5 ? atoi(argv[5]) : 0;
     sent = calloc((size_t)ranks, sizeof(*sent));
     received = calloc((size_t)ranks, sizeof(*received));
     if (!sent || !received)
         MPI_Abort(MPI_COMM_WORLD, 4);
     for (int round = 1; round <= rounds; round++) {
         exchange(round);
+        if (pause > 0)
+            usleep((useconds_t)pause * 1000);
         if (round % block == 0) {
             snprintf(name, sizeof(name), "round %d", round);
             report(name);
