@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def launch_root(
         env={"PATH": os.environ["PATH"], "HPCCR_STEP_SECRET": SECRET} | dict(env or {}),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=default_signals,
     )
     try:
         wait_until(lambda: is_listening(port) or process.poll() is not None)
@@ -89,7 +91,15 @@ def launch(*command: str, env: Mapping[str, str] | None = None, **options: objec
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     arguments = [sys.executable, "-I", "-S", str(CAPSULE / "launch.py"), "--index", "0", "--", *command]
     environ = {"PATH": os.environ["PATH"]} | dict(env or {})
-    return subprocess.Popen(arguments, env=environ, start_new_session=True, **(streams | options))  # type: ignore[call-overload]
+    given = streams | {"preexec_fn": default_signals} | options
+    return subprocess.Popen(arguments, env=environ, start_new_session=True, **given)  # type: ignore[call-overload]
+
+
+def default_signals() -> None:
+    """Before exec: what these tests were started with, nohup(1) for one, is not what capsule init gives."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def free_port() -> int:
