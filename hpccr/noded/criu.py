@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import re
 import signal
@@ -30,9 +31,14 @@ CPU_INS = 8
 CACHE = "/run/criu.kdat"
 """Where CRIU keeps what it found out about the kernel."""
 
+MAX_LOGGED = 40
+"""Lines of one failure in hpccrd's log."""
+
 _MAX_PACKET = 64 << 10
 _CONSEQUENCE = re.compile(r"\d+ exited|(?:Restoring|Dumping) FAILED|rlimit")
 _ERROR_LINE = re.compile(r"^\([^)]*\)\s*(?:\d+:\s*)?(Error \(.*)$")
+
+log = logging.getLogger(__name__)
 
 
 def load() -> tuple[ModuleType, ModuleType]:
@@ -178,13 +184,16 @@ class Criu:
         await self._finish(Final(False))
 
     def reason(self) -> str:
-        """The last errors in CRIU's log, for a message."""
+        """The errors in CRIU's log, for a message; many of them go to hpccrd's log, as CRIU's ends with the images."""
         try:
             fd = os.open(self.log, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._directory)
         except OSError as error:
             return f"CRIU failed and left no log ({error.strerror})"
         with os.fdopen(fd, errors="replace") as file:
-            return "; ".join(last_errors(file.read())) or "CRIU failed and its log names no error"
+            found = errors(file.read())
+        for line in found[:MAX_LOGGED]:
+            log.warning("CRIU of user %d: %s", self._identity.uid, line)
+        return "; ".join(message(found)) or "CRIU failed and its log names no error"
 
     def _request(self, kind: int, options: Mapping[str, Any]) -> Any:
         return self._rpc.criu_req(
@@ -275,9 +284,15 @@ class Criu:
         return self.final
 
 
-def last_errors(log: str, count: int = 3) -> list[str]:
-    """The last `count` lines of a CRIU log that report an error, without time and pid; consequences only if there is
-    nothing else."""
-    found = [match[1] for line in log.splitlines() if (match := _ERROR_LINE.match(line))]
+def errors(text: str) -> list[str]:
+    """The lines of a CRIU log that report an error, without time and pid; what is only a consequence, as that a task
+    exited, if there is nothing else. Names of the job's files are in them: no control character is left."""
+    found = [match[1] for line in text.splitlines() if (match := _ERROR_LINE.match(line))]
     causes = [line for line in found if not _CONSEQUENCE.search(line)]
-    return (causes or found)[-count:]
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in causes or found]
+
+
+def message(found: list[str]) -> list[str]:
+    """Of the errors those to tell: with several tasks the first is the cause as a rule, and the last says how far it
+    went."""
+    return found if len(found) <= 3 else [*found[:2], found[-1]]

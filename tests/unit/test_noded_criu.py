@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpccr.noded.criu import last_errors
+from hpccr.noded.criu import errors, message
 
 LOG = """\
 (00.000012) Version: 4.2.1 (gitid 0)
@@ -15,13 +15,19 @@ Error (criu/cr-restore.c:1): without a time
 
 
 def test_the_cause_without_time_and_pid_and_without_its_consequences() -> None:
-    assert last_errors(LOG, 2) == ["Error (criu/files-reg.c:2143): File home/x has bad size 5 (expect 4)"]
+    assert errors(LOG) == ["Error (criu/files-reg.c:2143): File home/x has bad size 5 (expect 4)"]
 
 
 def test_consequences_where_there_is_no_cause() -> None:
     consequences = "\n".join(LOG.splitlines()[-1:])
-    assert last_errors(consequences) == ["Error (criu/cr-restore.c:2320): Restoring FAILED."]
+    assert errors(consequences) == ["Error (criu/cr-restore.c:2320): Restoring FAILED."]
 
 
 def test_no_error_at_all() -> None:
-    assert last_errors("") == []
+    assert errors("") == []
+
+
+def test_the_first_errors_and_the_last_are_told() -> None:
+    found = errors("\n".join(f"(00.1) {pid}: Error (criu/x.c:{pid}): e{pid}\x1b" for pid in range(5)))
+    assert message(found) == ["Error (criu/x.c:0): e0?", "Error (criu/x.c:1): e1?", "Error (criu/x.c:4): e4?"]
+    assert message(found[:3]) == found[:3]
