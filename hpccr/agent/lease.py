@@ -48,9 +48,12 @@ class Lease:
         self._lock = asyncio.Lock()
 
     @classmethod
-    async def open(cls, path: str) -> Lease:
-        """Connect to hpccrd's socket. Raises UnsupportedError (no hpccrd) or PeerLostError."""
-        deadline = time.monotonic() + PATIENCE
+    async def open(cls, path: str, *, patience: float = PATIENCE) -> Lease:
+        """Connect to hpccrd's socket, waiting `patience` seconds for it to be there.
+
+        Raises UnsupportedError (no hpccrd) or PeerLostError.
+        """
+        deadline = time.monotonic() + patience
         while (sock := _connected(path, last=time.monotonic() >= deadline)) is None:
             await asyncio.sleep(RETRY)
         # The transport reads; a duplicate sends, because asyncio's transports cannot send descriptors.

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 import hpccr
+from hpccr.agent.lease import Lease
 from hpccr.cli.embedded import node_service
 from hpccr.config import Config
 from hpccr.errors import HpccrError
@@ -20,9 +21,10 @@ from hpccr.slurm.commands import has_plugin
 from hpccr.slurm.query import SlurmError
 from hpccr.store import publish
 from hpccr.wire import messages as m
-from hpccr.wire.frames import Channel
 from hpccr.wire.messages import Check
 
+PATIENCE = 2.0
+"""Seconds for hpccrd to take a connection: it may be starting again, or have many to take."""
 PROBE_TIMEOUT = 180.0
 """Seconds for hpccrd to look: `criu check` alone may take minutes the first time on a large node."""
 
@@ -96,13 +98,12 @@ def _probe(path: str) -> list[Check]:
 async def _ask(path: str) -> m.Probed:
     try:
         async with asyncio.timeout(PROBE_TIMEOUT):
-            reader, writer = await asyncio.open_unix_connection(path)
-            channel: Channel[m.NodeReply] = Channel(reader, writer, m.NodeReply)
+            lease = await Lease.open(path, patience=PATIENCE)
             try:
-                await channel.send(m.Probe(m.PROTOCOL))
-                answer = await channel.receive()
+                await lease.send(m.Probe(m.PROTOCOL))
+                answer = await lease.receive()
             finally:
-                writer.close()
+                await lease.close()
     except TimeoutError:
         raise HpccrError(f"hpccrd at {path} did not answer within {PROBE_TIMEOUT:.0f} s") from None
     if isinstance(answer, m.Probed):
