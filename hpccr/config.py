@@ -79,6 +79,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     create_timeout: Seconds = 60.0
     agent_timeout: Seconds = 60.0
     """For all agents of a step to join."""
+    silence_timeout: Annotated[float, msgspec.Meta(ge=10)] = 60.0
+    """Without a word from a node, until it is taken for gone. Storage that hangs can stop a healthy one for a while."""
     ghost_limit: int = 1 << 30
     """Bytes; deleted files that are still open are saved up to this size each."""
     interval: str = "none"

@@ -23,8 +23,6 @@ from hpccr.wire.handshake import authenticate
 
 HEARTBEAT = 5.0
 """Seconds between pings, both ways."""
-SILENCE = 30.0
-"""Seconds without a word after which the other side counts as lost: seconds in which this process itself ran."""
 
 
 def node_name(environ: dict[str, str] | os._Environ[str] = os.environ) -> str:
@@ -61,9 +59,13 @@ def enable_keepalive(writer: asyncio.StreamWriter) -> None:
 class Agent:
     """One capsule's agent. run() ends when the coordinator or hpccrd does."""
 
-    def __init__(self, channel: Channel[m.CoordinatorMessage], *, socket_path: str, node: str, rank: int) -> None:
+    def __init__(
+        self, channel: Channel[m.CoordinatorMessage], *, socket_path: str, silence: float, node: str, rank: int
+    ) -> None:
+        """silence: seconds without a word until the coordinator counts as lost."""
         self._channel = channel
         self._socket_path = socket_path
+        self._silence = silence
         self._node = node
         self._rank = rank
         self._pipes: JobPipes | None = None
@@ -108,9 +110,9 @@ class Agent:
     async def _from_coordinator(self, lease: Lease) -> None:
         while True:
             try:
-                message = await receive(self._channel)
+                message = await receive(self._channel, self._silence)
             except TimeoutError:
-                raise PeerLostError(f"the coordinator has been silent for {SILENCE:.0f} s") from None
+                raise PeerLostError(f"the coordinator has been silent for {self._silence:.0f} s") from None
             match message:
                 case None:
                     return
@@ -158,15 +160,15 @@ class Agent:
         await self._channel.send(m.Frozen(consumed))
 
 
-async def receive[M](channel: Channel[M]) -> M | None:
-    """The next message of a peer that pings, None at its end. Raises TimeoutError when it is silent for SILENCE.
+async def receive[M](channel: Channel[M], silence: float) -> M | None:
+    """The next message of a peer that pings, None at its end. Raises TimeoutError when it is silent for that long.
 
     Counted in turns of this process and not by the clock: after `scontrol suspend` both sides wake up some time
     apart, and neither has been silent.
     """
     receiving = asyncio.ensure_future(channel.receive())
     try:
-        for _ in range(round(SILENCE / HEARTBEAT)):
+        for _ in range(round(silence / HEARTBEAT)):
             if (await asyncio.wait((receiving,), timeout=HEARTBEAT))[0]:
                 return receiving.result()
     finally:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     node = node_name()
-    return asyncio.run(_serve(args.endpoint, _count(args.count, node), node, config.node.socket))
+    return asyncio.run(_serve(args.endpoint, _count(args.count, node), node, config))
 
 
 def _count(counts: list[str], node: str) -> int:
@@ -63,7 +63,7 @@ async def _endpoint(path: Path) -> EndpointRecord:
     return found
 
 
-async def _serve(path: Path, count: int, node: str, socket_path: str) -> int:
+async def _serve(path: Path, count: int, node: str, config: Config) -> int:
     channels: list[Channel[m.CoordinatorMessage]] = []
 
     def signalled() -> None:
@@ -73,7 +73,7 @@ async def _serve(path: Path, count: int, node: str, socket_path: str) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signalled)
     endpoint = await _endpoint(path)
     results = await asyncio.gather(
-        *(_one(endpoint, socket_path, node, rank, channels) for rank in range(count)), return_exceptions=True
+        *(_one(endpoint, config, node, rank, channels) for rank in range(count)), return_exceptions=True
     )
     for result in results:
         if isinstance(result, HpccrError):
@@ -85,7 +85,7 @@ async def _serve(path: Path, count: int, node: str, socket_path: str) -> int:
 
 async def _one(
     endpoint: EndpointRecord,
-    socket_path: str,
+    config: Config,
     node: str,
     rank: int,
     channels: list[Channel[m.CoordinatorMessage]],
@@ -93,4 +93,5 @@ async def _one(
     reader, writer = await connect(endpoint)
     channel: Channel[m.CoordinatorMessage] = Channel(reader, writer, m.CoordinatorMessage)
     channels.append(channel)
-    await Agent(channel, socket_path=socket_path, node=node, rank=rank).run()
+    silence = config.checkpoint.silence_timeout
+    await Agent(channel, socket_path=config.node.socket, silence=silence, node=node, rank=rank).run()

@@ -39,6 +39,7 @@ class Agents:
         placement: Sequence[str],
         endpoint: EndpointRecord,
         socket_path: str,
+        silence: float,
         step_command: Callable[[Sequence[str], Sequence[str]], list[str]],
         agent_command: Callable[[dict[str, int]], list[str]],
         log_path: Path,
@@ -51,6 +52,7 @@ class Agents:
         self._placement = placement
         self._endpoint = endpoint
         self._socket_path = socket_path
+        self._silence = silence
         self._step_command = step_command
         self._agent_command = agent_command
         self._log_path = log_path
@@ -86,7 +88,8 @@ class Agents:
         try:
             reader, writer = await connect(self._endpoint)
             channel: Channel[m.CoordinatorMessage] = Channel(reader, writer, m.CoordinatorMessage)
-            await Agent(channel, socket_path=self._socket_path, node=node, rank=rank).run()
+            agent = Agent(channel, socket_path=self._socket_path, silence=self._silence, node=node, rank=rank)
+            await agent.run()
         except (HpccrError, OSError) as error:
             log.info("the agent of this node ended: %s", error)
 

@@ -131,6 +131,7 @@ class Coordinator:
         self._streams = Streams(journal=self._step.path / "output", taken=self._output_taken, feed=self._feed_input)
         server = Server(
             secret=self._secret,
+            silence=self._config.checkpoint.silence_timeout,
             on_join=self._on_join,
             on_message=self._on_message,
             on_lost=self._on_lost,
@@ -275,6 +276,7 @@ class Coordinator:
             placement=self._placement,
             endpoint=endpoint,
             socket_path=self._socket_path,
+            silence=self._config.checkpoint.silence_timeout,
             step_command=self._site.step_command,
             agent_command=self._agent_command,
             log_path=self._step.path / "agents.log",

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from hpccr.agent.service import SILENCE, enable_keepalive, heartbeat, receive
+from hpccr.agent.service import enable_keepalive, heartbeat, receive
 from hpccr.errors import HpccrError
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MAX_STRANGERS = 64
 """Connections that may be in the handshake at once."""
+FIRST_WORD = 30.0
+"""Seconds from the handshake to the first message."""
 
 Incoming = m.AgentMessage | m.ClientMessage
 
@@ -42,6 +44,7 @@ class Member:
 class Server:
     """Accepts, authenticates and sorts connections; the coordinator's callbacks do the rest.
 
+    silence: seconds without a word until an agent counts as lost.
     on_join may refuse a member by returning False. on_message gets every message of a joined agent, on_lost its end.
     on_client answers one client request with the replies to send after it.
     """
@@ -50,12 +53,14 @@ class Server:
         self,
         *,
         secret: str,
+        silence: float,
         on_join: Callable[[Member], bool],
         on_message: Callable[[Member, m.Message], None],
         on_lost: Callable[[Member, str], None],
         on_client: Callable[[m.ClientMessage, Callable[[m.Message], None]], Awaitable[m.Message]],
     ) -> None:
         self._secret = secret
+        self._silence = silence
         self._on_join = on_join
         self._on_message = on_message
         self._on_lost = on_lost
@@ -101,7 +106,7 @@ class Server:
         finally:
             self._strangers -= 1
         channel: Channel[Incoming] = Channel(reader, writer, Incoming)
-        async with asyncio.timeout(SILENCE):
+        async with asyncio.timeout(FIRST_WORD):
             first = await channel.receive()
         match first:
             case m.Join():
@@ -120,13 +125,13 @@ class Server:
         reason = "its agent has ended"
         try:
             while True:
-                message = await receive(member.channel)
+                message = await receive(member.channel, self._silence)
                 if message is None:
                     break
                 if not isinstance(message, m.Ping):
                     self._on_message(member, message)
         except TimeoutError:
-            reason = f"its agent has been silent for {SILENCE:.0f} s"
+            reason = f"its agent has been silent for {self._silence:.0f} s"
         except (HpccrError, OSError) as error:
             reason = f"the connection to its agent broke: {error}"
         finally:

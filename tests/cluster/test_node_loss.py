@@ -58,7 +58,13 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
     def on(body: str, *nodes: str, tasks: int = 2) -> Job:
         """There now, and wherever it can be later. (Slurm starts no step of a job while it drains one of its nodes.)"""
         cluster.drain(*(node for node in cluster.nodes if node not in nodes))
-        job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=len(nodes), tasks=tasks)
+        job = jobs.sbatch(
+            body,
+            ["--checkpoint=requeue"],
+            nodes=len(nodes),
+            tasks=tasks,
+            environment={"HPCCR_CHECKPOINT_SILENCE_TIMEOUT": "30"},
+        )
         job.wait_event("started")
         cluster.resume()
         return job
