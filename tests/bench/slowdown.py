@@ -41,6 +41,7 @@ MARGIN = 0.3
 def measure(cluster: Cluster, repetitions: int) -> None:
     """Print the slow-down."""
     jobs = Jobs(cluster, "bench")
+    before = configurations(cluster)
     try:
         default_priorities(cluster)
         job = jobs.submit("python3 program.py", nodes=1, tasks=1, files={"program.py": PROGRAM}, environment=WHOLE)
@@ -48,7 +49,7 @@ def measure(cluster: Cluster, repetitions: int) -> None:
         found = [pair(job) for _ in range(repetitions)]
     finally:
         jobs.clear()
-        restart(cluster, {path: text + FULL for path, text in configurations(cluster).items()})
+        restart(cluster, before)
     low, middle, high = quartiles([1 - beside / alone for beside, alone, _ in found])
     print(
         f"\nslow-down of a job beside its flush ({quartiles([length for *_, length in found])[1]:.1f} s each): median "
