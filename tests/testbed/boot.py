@@ -116,10 +116,12 @@ def boot(instance: Instance, cluster: Cluster, node: str) -> None:
         os.write(ready_write, b"1")
         if os.read(go_read, 1) != b"1":
             return 1
-        pid = os.fork()
-        if pid == 0:
-            _become_init(instance, cluster, node, failed_write)
-        (instance.run / f"{node}.pid").write_text(f"{pid}\n")
+        # Opened before: init changes the root of its mount namespace, which is this process's too.
+        with open(instance.run / f"{node}.pid", "w") as pid_file:
+            pid = os.fork()
+            if pid == 0:
+                _become_init(instance, cluster, node, failed_write)
+            pid_file.write(f"{pid}\n")
         return 0
 
     launcher = spawn(launch)
