@@ -20,7 +20,7 @@ from nodes import Cluster
 from waiting import Late, soak, wait_for
 from workloads import Workloads
 
-TEST_LIMIT = 900 if soak() else 240
+TEST_LIMIT = 3600 if soak() else 240
 """Seconds for one test; every wait in it has a shorter deadline of its own."""
 CLEAN_WITHIN = 20.0
 """Seconds for the last trace of a job to go: capsules are taken down after Slurm has forgotten the job."""
