@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from hpccr.errors import CorruptError, HpccrError, UnsupportedError
-from hpccr.noded import child
+from hpccr.noded import child, devices
 from hpccr.noded.control import Identity
 
 _GONE = (FileNotFoundError, ProcessLookupError)
@@ -29,21 +29,10 @@ _REFUSED_LINKS = {
     "anon_inode:[perf_event]": ("a perf event counter", "run without the profiler (PAPI, perf, likwid)"),
     "anon_inode:bpf-map": ("a BPF map", "run without the tracing tool"),
     "anon_inode:bpf-prog": ("a BPF program", "run without the tracing tool"),
-    "anon_inode:[infinibandevent]": ("an RDMA device", ""),
-    "anon_inode:[uverbs-async-event]": ("an RDMA device", ""),
+    "anon_inode:[infinibandevent]": ("an RDMA device", devices.RDMA_HINT),
+    "anon_inode:[uverbs-async-event]": ("an RDMA device", devices.RDMA_HINT),
     "anon_inode:[fanotify]": ("a fanotify group", "run without the program that watches the file system"),
 }
-_RDMA_HINT = (
-    "let MPI use TCP and shared memory: UCX_TLS=tcp,self,sm (MPICH, Open MPI with UCX), OMPI_MCA_pml=ob1 "
-    "OMPI_MCA_btl=tcp,self,sm (Open MPI), FI_PROVIDER=tcp (libfabric, Intel MPI)"
-)
-_RDMA_PREFIXES = ("/dev/infiniband/", "/dev/hfi1", "/dev/cxi")
-
-_PLAIN_DEVICES = frozenset((1, minor) for minor in (3, 5, 7, 8, 9, 11))
-"""Character devices CRIU restores by their number alone: null, zero, full, random, urandom, kmsg."""
-_TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
-_TUN = (10, 200)
-
 _NAMESPACES = ("pid", "mnt", "net", "user", "uts", "cgroup")
 """Those a task shares with init. ipc is the launch root's own; time is compared with the launch root's."""
 
@@ -219,9 +208,7 @@ def _check_descriptors(task: Task, places: Iterable[str]) -> None:
             continue
         if link in _REFUSED_LINKS:
             what, hint = _REFUSED_LINKS[link]
-            raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint or _RDMA_HINT)
-        if link.startswith(_RDMA_PREFIXES):
-            raise UnsupportedError(f"process {task} has the RDMA device {link} open", hint=_RDMA_HINT)
+            raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
         if link.startswith("/dev/"):
             _check_device(task, fd, link)
         if link.startswith("/") and not below(link, places):
@@ -246,21 +233,16 @@ def _check_device(task: Task, fd: str, link: str) -> None:
         status = os.fstat(handle)
     finally:
         os.close(handle)
-    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-        return
-    number = (os.major(status.st_rdev), os.minor(status.st_rdev))
-    plain = number in _PLAIN_DEVICES or number[0] in _TTY_MAJORS or number == _TUN
-    if stat.S_ISBLK(status.st_mode) or not plain:
-        raise UnsupportedError(
-            f"process {task} has the device {link} open",
-            hint="what a device (GPU, accelerator, disk) holds is not part of a checkpoint: run without it",
-        )
+    if (found := devices.refusal(link, status)) is not None:
+        raise UnsupportedError(f"process {task} has {found.what} open", hint=found.hint)
 
 
 def _check_maps(task: Task) -> None:
     for line in _lines(f"/proc/{task.pid}/maps"):
-        if "/dev/infiniband/" in line or "[uverbs" in line or "[rdma" in line:
-            raise UnsupportedError(f"process {task} has an RDMA device mapped", hint=_RDMA_HINT)
+        if "[uverbs" in line or "[rdma" in line:
+            raise UnsupportedError(f"process {task} has an RDMA device mapped", hint=devices.RDMA_HINT)
+        if " /dev/" in line and (found := devices.known(line.split(None, 5)[5])) is not None:
+            raise UnsupportedError(f"process {task} has {found.what} mapped", hint=found.hint)
         if "anon_inode:[io_uring]" in line:
             raise UnsupportedError(
                 f"process {task} has an io_uring mapped", hint=_REFUSED_LINKS["anon_inode:[io_uring]"][1]
