@@ -19,7 +19,7 @@ from msgspec import structs
 from hpccr.agent.service import node_name
 from hpccr.cli.embedded import node_service
 from hpccr.config import Config
-from hpccr.coordinator.mpienv import capsule_environment, inside
+from hpccr.coordinator.mpienv import SECRET_VARIABLE, capsule_environment, inside
 from hpccr.coordinator.run import Coordinator
 from hpccr.coordinator.schedule import parse_interval
 from hpccr.coordinator.script import keep_script
@@ -170,7 +170,8 @@ def start(
             batch=batch,
             run=allocation.restarts if allocation else 0,
         )
-        return asyncio.run(coordinator.run(_command(argv, config, allocation, here), len(site.nodes)))
+        command = _command(argv, config, allocation, told=resume)
+        return asyncio.run(coordinator.run(command, len(site.nodes)))
 
 
 def _node_socket(config: Config, stack: ExitStack, *, in_slurm: bool) -> str:
@@ -198,20 +199,23 @@ def _agent_command(step: Step) -> Callable[[dict[str, int]], list[str]]:
 
 
 def _command(
-    argv: tuple[str, ...], config: Config, allocation: Allocation | None, here: str
+    argv: tuple[str, ...], config: Config, allocation: Allocation | None, *, told: bool
 ) -> Callable[[str], Command]:
+    """What makes the command once the step's secret is known. told: the user has had the warnings before."""
+    environment, warnings = capsule_environment(
+        os.environ,
+        capsules=len(allocation.nodes) if allocation else 1,
+        tasks_per_capsule=allocation.tasks if allocation else (os.cpu_count() or 1,),
+        subnet=config.network.subnet,
+        secret="",
+    )
+    for warning in warnings:
+        log.warning("%s", warning)
+        if not told:
+            print(f"hpccr: warning: {warning}", file=sys.stderr)
+
     def command(secret: str) -> Command:
-        tasks = allocation.tasks if allocation else (os.cpu_count() or 1,)
-        environment, warnings = capsule_environment(
-            os.environ,
-            capsules=len(allocation.nodes) if allocation else 1,
-            tasks_per_capsule=tasks,
-            subnet=config.network.subnet,
-            secret=secret,
-        )
-        for warning in warnings:
-            log.warning("%s", warning)
-        return Command(argv, environment, str(Path.cwd()))
+        return Command(argv, environment | {SECRET_VARIABLE: secret}, str(Path.cwd()))
 
     return command
 

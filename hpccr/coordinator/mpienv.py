@@ -194,6 +194,11 @@ def _transports() -> list[Setting]:
         Setting("I_MPI_FABRICS", "shm:ofi", _among({"shm", "ofi", "shm:ofi"}, True), hardware),
         Setting("I_MPI_OFI_PROVIDER", "tcp", _selection(TCP_PROVIDERS, ()), hardware),
         Setting("MPIR_CVAR_CH4_XPMEM_ENABLE", "0", _among({"0", "no", "false"}, True), attached),
+        Setting("MPIR_CVAR_CH4_CMA_ENABLE", "0", _among({"0", "no", "false"}, True), attached),
+        # Intel MPI; by its inner name, since it complains of I_MPI_ variables that a release does not know
+        Setting(
+            "MPIR_CVAR_INTEL_SHM_CMA", "0", _among({"0", "no", "off", "disable"}, True), attached, ("I_MPI_SHM_CMA",)
+        ),
         # Open MPI: exclusions, because the name of the shared-memory component differs between 4 (vader) and 5 (sm)
         Setting("OMPI_MCA_pml", "ob1", _among({"ob1"}, True), hardware),
         Setting("OMPI_MCA_btl", "^" + ",".join(OMPI_EXCLUDED), _selection(OMPI_TRANSPORTS, OMPI_EXCLUDED), hardware),
@@ -213,6 +218,7 @@ def _interfaces(device: str, subnet: str) -> list[Setting]:
     return [
         Setting("UCX_NET_DEVICES", device, own, stays),
         Setting("FI_TCP_IFACE", device, own, stays),
+        Setting("FI_SOCKETS_IFACE", device, own, stays),
         Setting("HYDRA_IFACE", device, own, stays),
         Setting("I_MPI_HYDRA_IFACE", device, own, stays),
         Setting("OMPI_MCA_btl_tcp_if_include", device, own, stays, ("OMPI_MCA_btl_tcp_if_exclude",)),

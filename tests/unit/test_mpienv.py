@@ -103,6 +103,7 @@ def test_only_the_capsule_network_is_used() -> None:
     assert names == {
         "UCX_NET_DEVICES",
         "FI_TCP_IFACE",
+        "FI_SOCKETS_IFACE",
         "HYDRA_IFACE",
         "I_MPI_HYDRA_IFACE",
         "OMPI_MCA_btl_tcp_if_include",
@@ -130,6 +131,7 @@ def test_the_nodes_own_network_has_no_device_to_choose() -> None:
         ("OMPI_MCA_coll", "^sm"),
         ("OMPI_MCA_orte_tmpdir_base", "/scratch"),
         ("FI_SHM_DISABLE_CMA", "yes"),
+        ("I_MPI_SHM_CMA", "0"),
     ],
 )
 def test_what_the_user_set_is_kept(name: str, value: str) -> None:
@@ -157,6 +159,11 @@ def test_what_the_user_set_is_kept(name: str, value: str) -> None:
         ("HYDRA_BOOTSTRAP", "ssh"),
         ("HYDRA_LAUNCHER_EXEC", "/usr/bin/ssh"),
         ("PRTE_MCA_plm_ssh_agent", "ssh"),
+        ("MPIR_CVAR_CH4_CMA_ENABLE", "1"),
+        ("MPIR_CVAR_CH4_XPMEM_ENABLE", "1"),
+        ("OMPI_MCA_smsc", "cma"),
+        ("I_MPI_SHM_CMA", "1"),
+        ("FI_SHM_DISABLE_CMA", "0"),
     ],
 )
 def test_what_cannot_be_checkpointed_is_kept_with_a_warning(name: str, value: str) -> None:
