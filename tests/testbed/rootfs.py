@@ -1,5 +1,5 @@
-"""The root file system of the nodes: a base layer of Debian packages; over it the project's virtual environment and its
-SPANK plugin.
+"""The root file system of the nodes: a base layer of Debian packages; over it the project's virtual environment, MPI
+libraries from the Python package index, and the project's SPANK plugin.
 
 All are cached under the hash of their recipes and never changed once in place; nodes stack an overlay on them.
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mpi_layer
 import plugin_layer
 import recipe
 import venv_layer
@@ -36,6 +37,11 @@ def environment_layer() -> Path:
     return CACHE / f"venv-{_hash(base_layer().name.encode(), venv_layer.recipe())}"
 
 
+def libraries_layer() -> Path:
+    """Where the MPI libraries from the package index, for this base layer, are or will be."""
+    return CACHE / f"mpi-{_hash(base_layer().name.encode(), mpi_layer.recipe())}"
+
+
 def spank_layer() -> Path:
     """Where the SPANK plugin of this checkout, built for this base layer, is or will be."""
     return CACHE / f"plugin-{_hash(base_layer().name.encode(), plugin_layer.recipe())}"
@@ -43,21 +49,23 @@ def spank_layer() -> Path:
 
 def ensure_rootfs() -> list[Path]:
     """Build what is missing; the layers, topmost first, as an overlay's lowerdir wants them."""
-    layers = [spank_layer(), environment_layer(), base_layer()]
+    layers = [spank_layer(), libraries_layer(), environment_layer(), base_layer()]
     if all(layer.is_dir() for layer in layers):
         return layers
+    builders = {
+        base_layer(): ("root file system", _build_base),
+        environment_layer(): ("virtual environment", venv_layer.build),
+        libraries_layer(): ("MPI libraries of the package index", mpi_layer.build),
+        spank_layer(): ("SPANK plugin", plugin_layer.build),
+    }
     with _locked(CACHE / "lock"):
         for leftover in CACHE.glob("*.tmp"):
             shutil.rmtree(leftover)
-        if not base_layer().is_dir():
-            _build(base_layer(), "root file system", _build_base)
-        if not environment_layer().is_dir():
-            _build(environment_layer(), "virtual environment", venv_layer.build)
-        if not layers[0].is_dir():
-            _build(layers[0], "SPANK plugin", plugin_layer.build)
-        _prune("base-*", base_layer())
-        _prune("venv-*", environment_layer())
-        _prune("plugin-*", layers[0])
+        for layer, (what, build) in builders.items():
+            if not layer.is_dir():
+                _build(layer, what, build)
+        for layer in layers:
+            _prune(f"{layer.name.partition('-')[0]}-*", layer)
     return layers
 
 
