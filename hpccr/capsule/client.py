@@ -95,7 +95,8 @@ def find_address(hosts: str, host: str, own_name: str) -> str:
     raise Failure(f"{host} is no capsule of this job: it is not in {HOSTS_FILE}")
 
 
-def _read_hosts() -> str:
+def read_hosts() -> str:
+    """The text of the capsule's hosts(5); "" where there is none."""
     try:
         with open(HOSTS_FILE, "rb") as file:
             return file.read().decode("utf-8", "replace")
@@ -153,7 +154,7 @@ def _exactly(sock: _socket.socket, size: int) -> bytes:
     return data
 
 
-def request(command: str) -> bytes:
+def request(command: str, environ: dict[bytes, bytes]) -> bytes:
     """The payload of a REQUEST frame; see spawn.Request."""
     import resource
 
@@ -166,8 +167,8 @@ def request(command: str) -> bytes:
         directory = os.getcwdb()
     except OSError:
         directory = b"/"
-    environ = [key + b"=" + value for key, value in link.original_environment().items()]
-    parts = [os.fsencode(command), directory, b"%o" % umask, ",".join(limits).encode(), *environ]
+    words = [key + b"=" + value for key, value in environ.items()]
+    parts = [os.fsencode(command), directory, b"%o" % umask, ",".join(limits).encode(), *words]
     return b"\0".join(parts)
 
 
@@ -258,10 +259,10 @@ def main(argv: list[str]) -> NoReturn:
         if not secret:
             raise Failure(f"{link.SECRET_VARIABLE} is not set: this works only inside a job run by hpccr")
         port = int(os.environ.get(link.PORT_VARIABLE, link.DEFAULT_PORT))
-        address = find_address(_read_hosts(), invocation.host, os.uname().nodename)
+        address = find_address(read_hosts(), invocation.host, os.uname().nodename)
         sock = connect(address, port, secret.encode(), invocation.connect_timeout)
         client = Client(link.Wire(sock), null_input=invocation.null_input)
-        code = client.run(request(invocation.command))
+        code = client.run(request(invocation.command, link.original_environment()))
     except (Failure, link.ProtocolError, OSError, ValueError) as error:
         # PRRTE ends without waiting for its daemons' connections; then the job is over and this is no error of it.
         if os.getppid() == parent:

@@ -8,6 +8,8 @@ client that does not know the secret, REFUSED. Then frames: REQUEST from the cli
 server once; DATA, EOF, CREDIT and CLOSED for each stream; SIGNAL from the client; EXIT as the server's last.
 A sender has at most WINDOW bytes of each stream on the way: more only as the receiver grants CREDIT for what it has
 passed on. So nothing is buffered without bound and no stream blocks another one or a signal.
+Or, instead of REQUEST, RESERVE from an srun, WAIT (perhaps) and PLACE or ERROR from the server; the place is srun's
+until the connection ends (step/ledger.py).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ REFUSED = bytes(DIGEST)
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds a client has until its request must have arrived."""
 
-REQUEST, STARTED, ERROR, DATA, EOF, CREDIT, CLOSED, SIGNAL, EXIT = range(1, 10)
+REQUEST, STARTED, ERROR, DATA, EOF, CREDIT, CLOSED, SIGNAL, EXIT, RESERVE, WAIT, PLACE = range(1, 13)
 STDIN, STDOUT, STDERR = 0, 1, 2
 
 HEADER = 6

@@ -21,6 +21,8 @@ TYPE_CHECKING = False  # typing itself would take 1 MiB
 if TYPE_CHECKING:
     import signal
     from typing import NoReturn
+
+    from hpccr.capsule.step.ledger import Ledger, Step
 else:
     import _signal as signal
 
@@ -79,6 +81,8 @@ class Session:
         self._finishing = False
         """The last frame is posted; what still comes from the peer is of no interest."""
         self._shut = False
+        self._step: Step | None = None
+        """What it has reserved for an srun."""
         self._wire.outgoing += link.MAGIC + self._nonce
         self.settle()
 
@@ -143,6 +147,8 @@ class Session:
     def _handle(self, kind: int, stream: int, payload: bytes) -> None:
         if kind == link.REQUEST and not self._group:
             self._start(Request(payload))
+        elif kind == link.RESERVE and not self._group and not self._step:
+            self._reserve(payload)
         elif kind == link.DATA and self._stdin is not None:
             self._stdin.feed(payload)
         elif kind == link.EOF and self._stdin is not None:
@@ -168,6 +174,8 @@ class Session:
             self._stdin.close()
         for output in self._outputs.values():
             output.close()
+        if self._step is not None:
+            self._root.ledger().leave(self._step)
         self.deadline = None
         if self.pid:
             self._signal(signal.SIGHUP)
@@ -185,6 +193,31 @@ class Session:
             self.deadline = None
             if not self.pid:
                 self._root.drop(self)
+
+    # A place for a step
+
+    def _reserve(self, payload: bytes) -> None:
+        from hpccr.capsule.step.layout import Demand
+        from hpccr.capsule.step.ledger import IMPOSSIBLE, Step
+
+        self.deadline = None
+        try:
+            demand = Demand.decode(payload)
+        except ValueError:
+            raise link.ProtocolError("a demand of the wrong form") from None
+        if not self._root.ledger().possible(demand):
+            self._wire.post(link.ERROR, 0, IMPOSSIBLE)
+            self._finishing = True
+            return
+        self._step = Step(demand, self._answer)
+        self._root.ledger().enter(self._step)
+
+    def _answer(self, placed: bytes | None) -> None:
+        if placed is None:
+            self._wire.post(link.WAIT)
+        else:
+            self._wire.post(link.PLACE, 0, placed)
+        # Not settle(): it may find the connection gone, and the ledger is in the middle of serving.
 
     # The command
 
@@ -271,6 +304,7 @@ class LaunchRoot:
         self._command = 0
         self._code: int | None = None
         self._listen_at: float | None = None
+        self._ledger: Ledger | None = None
         self._listen()
 
     def run(self, argv: list[bytes]) -> int:
@@ -339,6 +373,14 @@ class LaunchRoot:
         if len(strangers) >= MAX_STRANGERS:
             strangers[0].disconnect()
         self._sessions.append(Session(self, _socket.socket(fileno=fd)))
+
+    def ledger(self) -> Ledger:
+        """The job's CPUs and who has them; only capsule 0's is asked."""
+        if self._ledger is None:
+            from hpccr.capsule.step.ledger import Ledger, job_cpus
+
+            self._ledger = Ledger(job_cpus(link.original_environment()))
+        return self._ledger
 
     def drop(self, session: Session) -> None:
         """A session is over, connection and command."""

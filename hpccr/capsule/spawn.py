@@ -63,14 +63,17 @@ def execute(argv: list[bytes], environ: dict[bytes, bytes]) -> NoReturn:
     raise failure
 
 
-def become(prefix: str, argv: list[bytes], environ: dict[bytes, bytes], prepare: Callable[[], None]) -> NoReturn:
+def become(
+    prefix: str, argv: list[bytes], environ: dict[bytes, bytes], prepare: Callable[[], None], *, group: bool = True
+) -> NoReturn:
     """In a forked child with all signals blocked: own process group, `prepare()`, default signals, the program.
 
     A failure is a line on stderr and exit code 127 (not found) or 126, as from a shell.
     """
     code = 126
     try:
-        os.setpgid(0, 0)
+        if group:
+            os.setpgid(0, 0)
         prepare()
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             # Ours, and what Python ignores by itself; what was ignored before us (nohup) stays ignored.
@@ -85,15 +88,22 @@ def become(prefix: str, argv: list[bytes], environ: dict[bytes, bytes], prepare:
         os._exit(code)
 
 
-def fork(prefix: str, argv: list[bytes], environ: dict[bytes, bytes], prepare: Callable[[], None]) -> int:
-    """Start a program; its pid, which is also its process group's. Raises OSError if there can be no more processes."""
+def fork(
+    prefix: str, argv: list[bytes], environ: dict[bytes, bytes], prepare: Callable[[], None], *, group: bool = True
+) -> int:
+    """Start a program; its pid, which is also its process group's. Raises OSError if there can be no more processes.
+
+    group: False leaves it in the caller's process group.
+    """
     everything = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
-            become(prefix, argv, environ, prepare)
+            become(prefix, argv, environ, prepare, group=group)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, everything)
+    if not group:
+        return pid
     try:
         os.setpgid(pid, pid)  # whoever is first: a signal to the group must find it
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ def call(command: str, environ: dict[str, str], *arguments: str) -> subprocess.C
     )
 
 
-def test_srun_is_refused_with_a_hint() -> None:
-    done = call("srun", {"PATH": f"{SHIMS}:{os.environ['PATH']}"}, "-n4", "./app")
-    assert (done.returncode, done.stdout) == (13, "")
-    assert done.stderr.startswith("hpccr: error: srun ") and "hint: " in done.stderr
+def test_srun_is_ours() -> None:
+    """What it does is tested in test_srun.py."""
+    environ = {"PATH": f"{SHIMS}:{os.environ['PATH']}", "HPCCR_PYTHON": sys.executable}
+    done = call("srun", environ, "-n4", "./app")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("hpccr: error: srun: HPCCR_STEP_SECRET is not set")
 
 
 @pytest.mark.parametrize("path", ["{shims}:{real}", "{real}/none:{shims}:{real}", "{shims}:{shims}:{real}:{shims}"])
