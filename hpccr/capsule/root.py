@@ -20,6 +20,7 @@ from hpccr.capsule.spawn import Request, exit_code, fork, host_environment
 TYPE_CHECKING = False  # typing itself would take 1 MiB
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Callable
     from typing import NoReturn
 
     from hpccr.capsule.step.ledger import Ledger, Step
@@ -309,8 +310,9 @@ class LaunchRoot:
 
     def run(self, argv: list[bytes]) -> int:
         """Serve until the command `argv` has ended, or SIGTERM if there is none; the exit code."""
+        restore = _raise_limit()
         if argv:
-            self._command = fork("hpccr", argv, link.original_environment(), lambda: None)
+            self._command = fork("hpccr", argv, link.original_environment(), restore)
         while self._code is None:
             self.loop.turn(self._timeout())
             now = time.monotonic()
@@ -387,6 +389,15 @@ class LaunchRoot:
         if session in self._sessions:
             self._sessions.remove(session)
         self._listen()
+
+
+def _raise_limit() -> Callable[[], None]:
+    """Allow this process as many open files as it may have: four for each command. Gives what takes that back."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def become_subreaper() -> None:

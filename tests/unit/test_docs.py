@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from hpccr import __version__
+from hpccr.capsule.step import options
 from hpccr.cli import main
 from hpccr.config import Config
 
@@ -68,3 +69,11 @@ def test_the_manual_has_every_option_of_the_plugin() -> None:
     assert len(names) == 6
     page = plain("spank_hpccr.8")
     assert [name for name in names if not name.startswith("hpccr-") and f"--{name}=" not in page] == []
+
+
+def test_the_manual_has_every_option_of_srun_inside_a_job() -> None:
+    page = plain("spank_hpccr.8")
+    words = set(re.findall(r"--?[A-Za-z][a-z-]*", page.partition("\nsrun\n")[2].partition("\nSIGUSR1\n")[0]))
+    known = {name: letter for name, (letter, _) in options.EFFECT.items() if name not in ("help", "usage", "version")}
+    assert [name for name, letter in known.items() if {f"--{name}", *([f"-{letter}"] if letter else [])} - words] == []
+    assert [name for name in options.SAID if f"--{name}" not in words] == []
