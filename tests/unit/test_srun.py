@@ -39,6 +39,7 @@ sys.path.append({path!r})
 from hpccr.capsule import client
 client.HOSTS_FILE = {hosts!r}
 from hpccr.capsule.step import srun
+srun.PATIENCE = 0.3
 srun.main(sys.argv[1:])
 """
 
@@ -100,7 +101,9 @@ def test_tasks_know_who_they_are(job: Job) -> None:
         "2 hpccr-0 1 0 0,2",
     ]
     assert job.lines("-N1", "-w", "hpccr-1", "--ntasks=1", "sh", "-c", WHO) == ["0 hpccr-1 0 0 0"]
-    assert len(job.lines("--ntasks-per-node=3", "sh", "-c", WHO)) == 6
+    assert len(job.lines("--ntasks-per-node=3", "sh", "-c", WHO, env={"SLURM_NTASKS": ""})) == 6
+    done = job.run("--ntasks-per-node=1", "-m", "cyclic", "sh", "-c", WHO)
+    assert len(done.stdout.splitlines()) == 4 and "Ignoring --ntasks-per-node" in done.stderr
 
 
 def test_environment_of_a_step(job: Job) -> None:
@@ -137,14 +140,12 @@ def test_export(job: Job) -> None:
 
 
 def test_multi_prog(job: Job) -> None:
-    (job.directory / "conf").write_text(
-        "# comment\n0 echo first %t %o\n1-2 echo 'two words' %t %o\n* echo rest \\\n %t %o\n"
-    )
+    (job.directory / "conf").write_text("# comment\n0 echo first %t %o\n1-2 echo two %t %o\n* echo rest \\\n %t %o\n")
     assert job.lines("-l", "--multi-prog", "conf") == [
         "0: first 0 0",
-        "1: two words 1 0",
-        "2: two words 2 1",
-        "3: rest 3 0",
+        "1: two 1 0",
+        "2: two 2 1",
+        "3: rest 3 3",
     ]
     done = job.run("-n5", "--multi-prog", "nothing")
     assert done.returncode == 1 and "hpccr: error: srun: cannot read nothing" in done.stderr
@@ -168,6 +169,13 @@ def test_output_files_of_each_kind(job: Job) -> None:
     done = job.run("-o", "2", "sh", "-c", say)
     assert (done.stdout, done.stderr) == ("out 2\n", "err 2\n")
     assert job.lines("-o", "2", "-e", "none", "sh", "-c", say) == ["out 2"]
+
+
+def test_working_directory(job: Job) -> None:
+    (job.directory / "sub").mkdir()
+    assert job.lines("-n2", "-D", "sub", "-o", "whole", "-e", "own.%t", "pwd") == []
+    assert (job.directory / "whole").read_text() == f"{job.directory}/sub\n" * 2  # as of srun: its own is beside it
+    assert (job.directory / "sub" / "own.1").exists()
 
 
 def test_labels(job: Job) -> None:
@@ -311,7 +319,7 @@ def test_no_program_and_help(job: Job) -> None:
     assert job.run("-n2").stderr == "hpccr: error: srun: fatal: No command given to execute.\n"
     assert "--ntasks-per-node" in job.run("--help").stdout
     done = job.run("-n2", "./missing")
-    assert done.returncode == 127 and "missing" in done.stderr
+    assert done.returncode == 2 and "./missing" in done.stderr
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -324,7 +332,6 @@ def test_options_as_srun_reads_them() -> None:
     assert options.command == ["app", "-n9"]
     assert Options(["-N2-4", "x"], {}).nodes_max == 4
     assert Options(["x"], {"SLURM_NTASKS": "6", "SLURM_LABELIO": "0"}).ntasks == 6
-    assert Options(["--ntasks-per-node=3", "x"], {"SLURM_NTASKS": "6"}).ntasks is None
     assert [Options(["-t", text, "x"], {}).time for text in ("5", "1:30", "1:0:0", "2-1", "0")] == [
         300,
         90,

@@ -50,6 +50,8 @@ def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], dire
         raise Usage(
             f"srun: --input={only} cannot be had of an MPI program", "its input goes to task 0, a file's to all", 13
         )
+    if plan.options.chdir:
+        os.chdir(plan.options.chdir)
     text = plan.script(report=_report(reports), stdin=_file_behind(stdin) if only is None else "")
     words = [] if plan.options.multi_prog else plan.options.command
     argv = [launcher, *_layout(kind, plan, directory), "/bin/sh", "-c", text, "srun", *words]
@@ -58,6 +60,7 @@ def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], dire
         for number, fd in {link.STDIN: stdin, **outputs.fds}.items():
             if fd != number:
                 os.dup2(fd, number)
+        _end_with_parent()
 
     for name, value in NOT_OF_SLURM.items():
         environ.setdefault(os.fsencode(name), os.fsencode(value))
@@ -70,6 +73,14 @@ def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], dire
     for (index, own), ranks in sorted(groups.items()):
         link.warn(f"srun: error: {layout.NAME}{index}: {task_ids(ranks)}: {ending(own)}")
     return max(ended.values(), default=code)
+
+
+def _end_with_parent() -> None:
+    """SIGTERM for this process, which becomes mpirun, when srun is killed: it would lose its place and run on."""
+    import ctypes
+
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _layout(kind: str, plan: Plan, directory: str) -> list[str]:

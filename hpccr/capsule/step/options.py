@@ -160,14 +160,14 @@ INPUTS = (
     ("kill-on-bad-exit", ("SLURM_KILL_BAD_EXIT",)),
     ("wait", ("SLURM_WAIT",)),
     ("mpi", ("SLURM_MPI_TYPE",)),
-    ("open-mode", ("SLURM_OPEN_MODE",)),
     ("export", ("SRUN_EXPORT_ENV", "SLURM_EXPORT_ENV")),
     ("job-name", ("SLURM_JOB_NAME",)),
     ("chdir", ("SLURM_WORKING_DIR",)),
     ("time", ("SLURM_TIMELIMIT",)),
     ("multi-prog", ("SLURM_MULTI_PROG",)),
 )
-"""Variables that stand for options, the first that is set."""
+"""Variables that stand for options, the first that is set. Not SLURM_OPEN_MODE: `sbatch --checkpoint` sets it itself, for
+the job's own output, and no step of a checkpointed script starts a second time."""
 
 KILL_WAIT = 30.0
 """Seconds between SIGTERM and SIGKILL for tasks that have to end."""
@@ -195,8 +195,6 @@ class Options:
         found = {
             name: environ[variable] for name, variables in INPUTS for variable in variables if environ.get(variable)
         }
-        if "ntasks-per-node" in self.given and "ntasks" not in self.given:
-            found.pop("ntasks", None)
         found |= words.found
         get = found.get
 

@@ -53,12 +53,14 @@ def is_left_over(name: str) -> bool:
 class Plan:
     """A step that has its place."""
 
-    def __init__(self, options: Options, number: int, counts: dict[int, int], job: Mapping[str, str]) -> None:
-        """number: the step's; counts: tasks on each capsule; job: the environment of srun."""
+    def __init__(
+        self, options: Options, number: int, counts: dict[int, int], job: Mapping[str, str], address: str
+    ) -> None:
+        """number: the step's; counts: tasks on each capsule; job: the environment of srun; address: of its capsule."""
         self.options, self.number, self.counts = options, number, counts
         self.ranks = layout.ranks(counts, cyclic=options.cyclic)
         self.tasks = sum(counts.values())
-        self.job = job
+        self.job, self.address = job, address
 
     def order(self) -> list[tuple[int, int]]:
         """(task id, capsule) of all tasks, by id."""
@@ -79,14 +81,13 @@ class Plan:
             "SLURM_STEP_NUM_NODES": str(len(self.counts)),
             "SLURM_STEP_NUM_TASKS": str(self.tasks),
             "SLURM_STEP_TASKS_PER_NODE": tasks,
-            "SLURM_SUBMIT_HOST": os.uname().nodename,
-            "SLURM_SRUN_COMM_HOST": os.uname().nodename,
+            "SLURM_DISTRIBUTION": "cyclic" if self.options.cyclic else "block",
+            "SLURM_LAUNCH_NODE_IPADDR": self.address,
+            "SLURM_SRUN_COMM_HOST": self.address,
             "SLURM_UMASK": f"{_umask():04o}",
         }
         if self.options.cpus_per_task:
             result["SLURM_CPUS_PER_TASK"] = str(self.options.cpus_per_task)
-        if "distribution" in self.options.given:
-            result["SLURM_DISTRIBUTION"] = "cyclic" if self.options.cyclic else "block"
         if "job-name" in self.options.given:
             result["SLURM_JOB_NAME"] = self.options.job_name
         return result
@@ -111,8 +112,8 @@ class Plan:
         )
         lines += [f"export {name}={quote(value)}" for name, value in self.environment().items()]
         lines.append(
-            "export SLURM_PROCID=$r SLURM_LOCALID=$l SLURM_NODEID=$n SLURM_GTIDS=$g SLURMD_NODENAME=$h HOSTNAME=$h "
-            "SLURM_TASK_PID=$$"
+            "export SLURM_PROCID=$r SLURM_LOCALID=$l SLURM_NODEID=$n SLURM_GTIDS=$g SLURMD_NODENAME=$h "
+            "SLURM_TOPOLOGY_ADDR=$h SLURM_TASK_PID=$$"
         )
         if self.options.multi_prog:
             lines += self._programs()
@@ -254,26 +255,24 @@ def split_pattern(text: str) -> list[tuple[str, int, str]]:
 def read_programs(text: str, tasks: int) -> list[list[str]]:
     """The command of each task by a --multi-prog configuration (srun(1), "MULTIPLE PROGRAM CONFIGURATION").
 
-    %t is the task, %o its place among the tasks of its line. Raises Usage.
+    %t is the task, %o its place among the tasks of its line ("*": all tasks). No quotes, as srun has it. Raises Usage.
     """
-    import shlex
-
     programs: list[list[str] | None] = [None] * tasks
     for line in text.replace("\\\n", " ").splitlines():
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         try:
-            which, *words = shlex.split(line, comments=False)
+            which, *words = line.split()
             if not words:
                 raise ValueError
             rest = which == "*"
-            chosen = [r for r in range(tasks) if programs[r] is None] if rest else layout.numbers(which)
+            chosen = list(range(tasks)) if rest else layout.numbers(which)
         except ValueError:
             raise Usage(f"srun: --multi-prog: this is no line of task ids and a program: {line}") from None
         for offset, rank in enumerate(chosen):
-            if rank >= tasks:
-                continue  # as srun has it, which only says so
+            if rank >= tasks or (rest and programs[rank] is not None):
+                continue  # no such task; or it has its program, and "*" is the others
             if programs[rank] is not None:
                 raise Usage(f"srun: --multi-prog: two programs for task {rank}")
             programs[rank] = [word.replace("%t", str(rank)).replace("%o", str(offset)) for word in words]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 HOME = layout.NAME + "0"
 """Whose launch root keeps the ledger."""
+PATIENCE = 10.0
+"""Seconds that a step waits for its CPUs without a word."""
 MANUAL = """\
 Usage: srun [OPTION...] PROGRAM [ARGUMENT...]
 Starts tasks on the nodes of this checkpointed job, as part of it. Options as of Slurm's srun: {}.
@@ -72,12 +74,11 @@ def _srun(argv: list[str]) -> int:
         for name in options.said:
             link.warn(f"srun: --{name} has no effect inside a checkpointed job")
     hosts = read_hosts()
-    if options.chdir:
-        os.chdir(options.chdir)
     found = _programs(options) if options.multi_prog else _program(options)
     demand = _demand(options, len(job_cpus(link.original_environment())))
     place = _reserve(options, demand, hosts, secret)
-    plan = script.Plan(options, place.number, place.counts, os.environ)
+    here = find_address(hosts, "localhost", os.uname().nodename)
+    plan = script.Plan(options, place.number, place.counts, os.environ, here)
     environ = exported(options, link.original_environment(), os.environ.get("HPCCR_OWN", "").split())
     environ = {name: value for name, value in environ.items() if not script.is_left_over(os.fsdecode(name))}
     if found is not None:
@@ -106,12 +107,14 @@ def _become_slurms(argv: list[str]) -> None:
 
 def _program(options: Options) -> library.Found | None:
     """The program's MPI library; and its full name becomes the command's first word, as srun(1) resolves it."""
-    search = library.Search(os.environ, os.getcwd())
-    path = search.program(options.command[0])
-    if path is not None and "/" not in options.command[0]:
+    directory = os.path.join(os.getcwd(), options.chdir)
+    path = library.Search(os.environ, directory).program(options.command[0])
+    if path is None:
+        raise Usage(f"srun: cannot run {options.command[0]}: there is no such program", code=2)
+    if "/" not in options.command[0]:
         options.command[0] = os.path.normpath(path)
     tasks = options.ntasks or (options.ntasks_per_node or 1) * (options.nodes or 1)
-    return library.choose(options.command, tasks=tasks, mpi=options.mpi, environ=os.environ, directory=os.getcwd())
+    return library.choose(options.command, tasks=tasks, mpi=options.mpi, environ=os.environ, directory=directory)
 
 
 def _programs(options: Options) -> library.Found | None:
@@ -124,7 +127,7 @@ def _programs(options: Options) -> library.Found | None:
     for line in text.replace("\\\n", " ").splitlines():
         words = line.split()
         if len(words) > 1 and not words[0].startswith("#"):
-            directory = os.getcwd()
+            directory = os.path.join(os.getcwd(), options.chdir)
             found = library.choose(words[1:], tasks=2, mpi=options.mpi, environ=os.environ, directory=directory)
             if found is not None:
                 return found
@@ -161,9 +164,17 @@ def _demand(options: Options, count: int) -> layout.Demand:
         if not options.quiet:
             link.warn(f"srun: warning: can't run {tasks} processes on {nodes} nodes, setting nnodes to {tasks}")
         nodes = nodes_max = tasks
+    per_node = options.ntasks_per_node or 0
+    if per_node and tasks > per_node * nodes_max:
+        if not options.quiet:
+            link.warn(
+                f"srun: warning: can't honor --ntasks-per-node set to {per_node} which doesn't match the requested "
+                f"tasks {tasks} with the maximum number of requested nodes {nodes_max}. Ignoring --ntasks-per-node."
+            )
+        per_node = 0
     if not candidates or nodes > len(candidates):
         raise Usage(
-            f"srun: error: Unable to create step: {nodes} nodes are needed, {len(candidates)} are there",
+            f"srun: Unable to create step: {nodes} nodes are needed, {len(candidates)} are there",
             "ask for fewer with --nodes",
         )
     mode = layout.SHARED if options.overlap else layout.EXACT if options.exact else layout.WHOLE
@@ -172,7 +183,7 @@ def _demand(options: Options, count: int) -> layout.Demand:
         nodes=nodes,
         nodes_max=nodes_max,
         cpus_per_task=options.cpus_per_task or 1,
-        per_node=options.ntasks_per_node or 0,
+        per_node=per_node,
         mode=mode,
         overcommit=options.overcommit,
         candidates=candidates,
@@ -191,14 +202,20 @@ def _reserve(options: Options, demand: layout.Demand, hosts: str, secret: str) -
         wire.flush()
         frame = wire.frame()
         if frame is None:
-            if not wire.fill():
-                raise Failure("the launch root of capsule 0 is gone")
+            try:
+                if not wire.fill():
+                    raise Failure("the launch root of capsule 0 is gone")
+            except TimeoutError:
+                sock.settimeout(None)
+                if not options.quiet:
+                    link.warn(
+                        f"srun: Job {job} step creation temporarily disabled, retrying (Requested nodes are busy)"
+                    )
             continue
         kind, _, payload = frame
         if kind == link.WAIT:
             waited = True
-            if not options.quiet:
-                link.warn(f"srun: Job {job} step creation temporarily disabled, retrying (Requested nodes are busy)")
+            sock.settimeout(PATIENCE)
         elif kind == link.PLACE:
             number, counts = decode_answer(payload)
             if waited and not options.quiet:
@@ -206,7 +223,7 @@ def _reserve(options: Options, demand: layout.Demand, hosts: str, secret: str) -
             return Place(sock, number, counts)
         elif kind == link.ERROR:
             raise Usage(
-                f"srun: error: Unable to create step for job {job}: {payload.decode('utf-8', 'replace')}",
+                f"srun: Unable to create step for job {job}: {payload.decode('utf-8', 'replace')}",
                 "ask for fewer tasks, or let several share a CPU with --overcommit",
             )
         else:
@@ -224,6 +241,10 @@ def _connect(name: str, hosts: str, secret: str) -> _socket.socket:
 
 def _run_tasks(plan: script.Plan, environ: dict[bytes, bytes], hosts: str, secret: str) -> int:
     options = plan.options
+    outputs = open_outputs(plan)
+    fd, only = open_input(plan)
+    if options.chdir:
+        os.chdir(options.chdir)
     text = plan.script()
     words = " ".join(script.quote(word) for word in ([] if options.multi_prog else options.command))
     requests = {
@@ -231,8 +252,6 @@ def _run_tasks(plan: script.Plan, environ: dict[bytes, bytes], hosts: str, secre
     }
     _raise_limit()
     run = Run(kill_on_bad_exit=options.kill_on_bad_exit, wait=options.wait, limit=options.time)
-    outputs = open_outputs(plan)
-    fd, only = open_input(plan)
     receivers = []
     for rank, index in plan.order():
         name = f"{layout.NAME}{index}"

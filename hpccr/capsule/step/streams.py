@@ -54,7 +54,7 @@ def open_outputs(plan: script.Plan) -> Outputs:
             outputs.fds[stream] = _open(plan.files(text)[0], append=options.append)
         elif "t" not in script.letters(text):
             for name in plan.files(text):
-                os.close(_open(name, append=options.append))
+                os.close(_open(os.path.join(options.chdir, name), append=options.append))
     return outputs
 
 
@@ -73,7 +73,7 @@ def open_input(plan: script.Plan) -> tuple[int, int | None]:
     try:
         return os.open(name, os.O_RDONLY), None
     except OSError as error:
-        raise Usage(f"srun: error: Could not open stdin file {name}: {error.strerror}") from None
+        raise Usage(f"srun: Could not open stdin file {name}: {error.strerror}") from None
 
 
 def _open(name: str, *, append: bool) -> int:
@@ -82,4 +82,4 @@ def _open(name: str, *, append: bool) -> int:
     try:
         return os.open(name, flags, 0o666)
     except OSError as error:
-        raise Usage(f"srun: error: Could not open output file {name}: {error.strerror}") from None
+        raise Usage(f"srun: Could not open output file {name}: {error.strerror}") from None
