@@ -14,7 +14,7 @@ STEPS = """\
 export OMPI_MCA_mpi_yield_when_idle=1
 cat > farm <<'END'
 echo "farm $1"
-until [ -e gate ]; do sleep 0.2; done
+until [ -e gate ]; do sleep 1; done
 echo $SLURM_STEP_ID >> ids
 END
 {messages} &
@@ -31,10 +31,56 @@ srun --nodes=2 --ntasks=4 --output=after.%t sh -c 'echo after $SLURM_PROCID; exi
 echo "ended with $?"
 """
 
+LAYOUTS = """\
+who='echo $SLURM_PROCID $SLURM_LOCALID $SLURM_NODEID $SLURM_GTIDS $SLURMD_NODENAME $SLURM_NTASKS $SLURM_NNODES
+    $SLURM_TASKS_PER_NODE $SLURM_STEP_TASKS_PER_NODE $SLURM_STEP_NODELIST $SLURM_NODELIST $SLURM_STEP_NUM_TASKS
+    $SLURM_CPUS_PER_TASK $SLURM_DISTRIBUTION $SLURM_JOB_NAME'
+who=$(echo $who)
+srun sh -c "$who" | sort
+srun -n5 --distribution=cyclic --label sh -c "$who" 2>/dev/null | sort
+srun -n3 -N2 -J other -o 'who.%2t.%n' sh -c "$who"; head who.*; rm who.*
+srun -n1 -N1 -r1 sh -c "$who"
+srun -n2 -N1 -c2 -l sh -c "$who; echo error >&2" 2>&1 | sort
+srun -n3 -D sub -e err.%t -o whole.txt sh -c 'pwd; echo error $SLURM_PROCID >&2'; cat whole.txt sub/err.*; rm sub/err.*
+srun -n4 -l --multi-prog programs | sort
+srun -n2 -i input cat
+printf 'x\\ny\\n' | srun -n2 -i0 sh -c 'echo $SLURM_PROCID $(cat)' | sort
+OLD=1 srun -n2 --export=ALL,NEW=2 sh -c 'echo $OLD $NEW'
+srun -n1 -N1 program 'a  b' '*' "it's"
+srun -n3 sh -c 'exit $((SLURM_PROCID == 1 ? 7 : 0))' 2>/dev/null; echo "exit code $?"
+srun -n2 -N2 sh -c 'kill -KILL $$' 2>/dev/null; echo "exit code $?"
+"""
+SURROUNDINGS = """\
+mkdir sub
+printf '0-1 echo first %%t %%o\\n* echo rest %%t %%o\\n' > programs
+printf 'from a file\\n' > input
+printf '#!/bin/sh\\nfor word; do echo "($word)"; done\\n' > program
+chmod +x program
+"""
+
+
+def test_steps_are_as_slurms_own(jobs: Jobs) -> None:
+    """The same commands outside of a capsule, by Slurm, and inside, by each of the launchers."""
+    kinds = ("none", "openmpi", "mpich")
+    twin = jobs.sbatch(f"{SURROUNDINGS}\n{LAYOUTS}", ["--job-name=name"], nodes=2, tasks=4)
+    loop = f"for HPCCR_MPI in {' '.join(kinds)}; do (\n{LAYOUTS}) > out.$HPCCR_MPI; done"
+    body = f"{SURROUNDINGS}\nexport HPCCR_MPI\n{loop}"
+    job = jobs.sbatch(body, ["--job-name=name", "--checkpoint=requeue"], nodes=2, tasks=4)
+    twin.wait_success()
+    job.wait_success()
+    nodes = twin.slurm().nodes
+    short = jobs.cluster.check("ctl", "scontrol", "show", "hostlist", ",".join(nodes)).strip()
+    expected = twin.said().replace(short, "hpccr-[0-1]").replace(twin.directory.name, job.directory.name)
+    for index, node in enumerate(nodes):
+        expected = expected.replace(node, f"hpccr-{index}")
+    assert "exit code 7" in expected and "4: 4 2 0 0,2,4 " in expected
+    for kind in kinds:
+        assert (job.directory / f"out.{kind}").read_text() == expected, kind
+
 
 def test_restored_in_the_middle(jobs: Jobs, workloads: Workloads) -> None:
     """At once: a step under MPICH, one under Open MPI, one without MPI, and more steps of one CPU than CPUs."""
-    pairs, stencil = workloads.pairs(rounds(300, 2000)), workloads.stencil(rounds(1000, 6000))
+    pairs, stencil = workloads.pairs(rounds(60, 2000)), workloads.stencil(rounds(300, 6000))
     body = STEPS.format(
         messages=f"srun --overlap -n4 -o messages.txt {pairs.partition(' -n 4 ')[2]}",
         field=f"srun --overlap -n4 -o field.txt {stencil.partition(' -n 4 ')[2]}",

@@ -90,9 +90,9 @@ def _layout(kind: str, plan: Plan, directory: str) -> list[str]:
     # Steps side by side would all be bound to the same cores, as none knows of the others.
     if kind == library.OPEN_MPI:
         root = ["--allow-run-as-root"] if os.getuid() == 0 else []
-        by = "node" if plan.options.cyclic else "slot"
+        by = "node" if plan.cyclic else "slot"
         return [*root, "--host", ",".join(hosts), "--map-by", by, "--bind-to", "none", *tasks]
-    if not plan.options.cyclic or len(hosts) == 1:
+    if not plan.cyclic or len(hosts) == 1:
         path = os.path.join(directory, "hosts")
         with open(path, "w", encoding="ascii") as file:
             file.write("\n".join(hosts) + "\n")

@@ -166,8 +166,10 @@ INPUTS = (
     ("time", ("SLURM_TIMELIMIT",)),
     ("multi-prog", ("SLURM_MULTI_PROG",)),
 )
-"""Variables that stand for options, the first that is set. Not SLURM_OPEN_MODE: `sbatch --checkpoint` sets it itself, for
-the job's own output, and no step of a checkpointed script starts a second time."""
+"""Variables that stand for options, the first that is set.
+
+Not SLURM_OPEN_MODE: `sbatch --checkpoint` sets it for the job's own output, and no step starts a second time.
+"""
 
 KILL_WAIT = 30.0
 """Seconds between SIGTERM and SIGKILL for tasks that have to end."""
@@ -205,7 +207,7 @@ class Options:
         self.nodes, self.nodes_max = _range(get("nodes"))
         self.relative = _number("relative", get("relative"), least=0)
         self.nodelist, self.exclude = get("nodelist", ""), get("exclude", "")
-        self.cyclic = _distribution(get("distribution", "block"))
+        self.cyclic = _distribution(get("distribution", ""))
         self.overlap = _flag(get("overlap"))
         self.exact = _flag(get("exact")) or "cpus-per-task" in found or "exclusive" in words.found
         self.overcommit = _flag(get("overcommit"))
@@ -330,10 +332,12 @@ def _range(text: str | None) -> tuple[int | None, int | None]:
     return first, last
 
 
-def _distribution(text: str) -> bool:
-    """Whether tasks go around the nodes. What follows the first colon is about sockets."""
+def _distribution(text: str) -> bool | None:
+    """Whether tasks go around the nodes; None if that is not said. What follows the first colon is about sockets."""
     first = text.lower().partition(":")[0].partition(",")[0]
-    if first in ("block", "*", "pack", "nopack", ""):
+    if first in ("*", "pack", "nopack", ""):
+        return None
+    if first == "block":
         return False
     if first == "cyclic":
         return True

@@ -58,8 +58,10 @@ class Plan:
     ) -> None:
         """number: the step's; counts: tasks on each capsule; job: the environment of srun; address: of its capsule."""
         self.options, self.number, self.counts = options, number, counts
-        self.ranks = layout.ranks(counts, cyclic=options.cyclic)
         self.tasks = sum(counts.values())
+        # With a task for each node it is the same, and srun calls it this.
+        self.cyclic = self.tasks <= len(counts) if options.cyclic is None else options.cyclic
+        self.ranks = layout.ranks(counts, cyclic=self.cyclic)
         self.job, self.address = job, address
 
     def order(self) -> list[tuple[int, int]]:
@@ -73,7 +75,6 @@ class Plan:
             "SLURM_STEP_ID": str(self.number),
             "SLURM_STEPID": str(self.number),
             "SLURM_NNODES": str(len(self.counts)),
-            "SLURM_NODELIST": nodes,
             "SLURM_NTASKS": str(self.tasks),
             "SLURM_NPROCS": str(self.tasks),
             "SLURM_TASKS_PER_NODE": tasks,
@@ -81,7 +82,7 @@ class Plan:
             "SLURM_STEP_NUM_NODES": str(len(self.counts)),
             "SLURM_STEP_NUM_TASKS": str(self.tasks),
             "SLURM_STEP_TASKS_PER_NODE": tasks,
-            "SLURM_DISTRIBUTION": "cyclic" if self.options.cyclic else "block",
+            "SLURM_DISTRIBUTION": "cyclic" if self.cyclic else "block",
             "SLURM_LAUNCH_NODE_IPADDR": self.address,
             "SLURM_SRUN_COMM_HOST": self.address,
             "SLURM_UMASK": f"{_umask():04o}",
@@ -117,7 +118,11 @@ class Plan:
         )
         if self.options.multi_prog:
             lines += self._programs()
-        lines += [f"exec <{quote(stdin)}"] if stdin else []
+        if stdin:
+            lines.append(f"exec <{quote(stdin)}")
+        elif report:
+            # mpirun gives its input to task 0; Hydra leaves the others its proxy's, which nobody ends.
+            lines.append("[ $r = 0 ] || exec </dev/null")
         lines += self._redirections()
         run = '"$@"'
         labelled = "12" if report else self.own_files()
