@@ -92,14 +92,23 @@ class SavedFile(msgspec.Struct, frozen=True):
     xattrs: dict[str, bytes] = {}
 
 
+class Link(msgspec.Struct, frozen=True, array_like=True):
+    """A name by which CRIU looks, at a restore, for a file whose own name had been removed; other: one it still had."""
+
+    path: bytes
+    other: bytes
+
+
 class SavedFiles(msgspec.Struct, frozen=True):
     """FILES_LIST of a fragment. trees: directories that are put back as a whole, but for what is in `excluded`;
-    elsewhere: files of this capsule that another capsule of the checkpoint has saved."""
+    elsewhere: files of this capsule that another capsule of the checkpoint has saved; links: made when all files are
+    back, for as long as CRIU restores."""
 
     files: tuple[SavedFile, ...] = ()
     trees: tuple[bytes, ...] = ()
     excluded: tuple[bytes, ...] = ()
     elsewhere: tuple[bytes, ...] = ()
+    links: tuple[Link, ...] = ()
 
 
 class FileRules(msgspec.Struct, frozen=True):

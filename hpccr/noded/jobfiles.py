@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from hpccr.errors import HpccrError
 from hpccr.model import FILES_DATA, FILES_LIST, FileRules
@@ -16,6 +17,9 @@ from hpccr.noded.capsule import Capsule
 
 MAX_SHARED = 4096
 """Files of a capsule of which the others are told; of more than that each capsule saves its own copy."""
+
+_LINKED = "LINKED"
+"""remap_type of CRIU's images (images/remap-file-path.proto)."""
 
 _NETWORK_TYPES = frozenset(
     ("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "cifs", "smb3", "9p", "afs", "orangefs", "panfs", "wekafs")
@@ -34,8 +38,10 @@ class Saving:
         self._trees = tuple(tree for tree in rules.trees if not scan.below(tree, home.places))
         self._excluded = rules.excluded
         self._files: tuple[scan.OpenFile, ...] = ()
+        self._nameless: tuple[scan.NamelessFile, ...] = ()
         self._identities: dict[str, bytes] = {}
         """Of the trees and of the files outside of them."""
+        self._elsewhere: frozenset[bytes] = frozenset()
         self._helper: child.Helper | None = None
 
     @property
@@ -45,9 +51,9 @@ class Saving:
     async def measure(self, tree: scan.Tree) -> int:
         """While the tasks run: bytes that the files will take. Raises UnsupportedError naming one that cannot be
         saved."""
-        self._files = scan.open_files(tree, self._capsule.places)
+        self._look(tree)
         request = self._request(frozenset())
-        if not request.files and not request.trees:
+        if not request.files and not request.trees and not request.nameless:
             return 0
         return int(await self._work(lambda: snapshot.measure(request)))
 
@@ -55,7 +61,7 @@ class Saving:
         """All tasks of this capsule are stopped: note what there is to save, and bring what was written here to where
         the other nodes see it."""
         # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
-        self._files = scan.open_files(tree, self._capsule.places)
+        self._look(tree)
         self._identities = {}
         if self._shares and (remote := self._remote()):
             await self._work(lambda: snapshot.refresh(remote, write_out=True))
@@ -67,7 +73,7 @@ class Saving:
         if remote := self._remote():
             await self._work(lambda: snapshot.refresh(remote, write_out=False))
         # Again: others may have written to them after this capsule stood still.
-        self._files = scan.open_files(tree, self._capsule.places)
+        self._look(tree)
         if self._trees:
             found = await self._work(lambda: [_tree_identity(tree) for tree in self._trees])
             self._identities.update({tree: known for tree, known in zip(self._trees, found, strict=True) if known})
@@ -78,14 +84,23 @@ class Saving:
                 self._identities[file.path] = file.identity
         return tuple(self._identities.values())
 
+    def _look(self, tree: scan.Tree) -> None:
+        self._files = scan.open_files(tree, self._capsule.places)
+        self._nameless = scan.nameless_files(tree, self._capsule.places)
+
     @property
     def _shares(self) -> bool:
         return self._capsule.network is not None and len(self._capsule.network.peers) > 1
 
     def start(self, elsewhere: frozenset[bytes]) -> None:
         """Begin to save, but for what other capsules save."""
-        request = self._request(elsewhere)
-        if not request.files and not request.trees and not request.elsewhere:
+        self._elsewhere = elsewhere
+        if not self._nameless:
+            self._start(())
+
+    def _start(self, remaps: tuple[str, ...]) -> None:
+        request = replace(self._request(self._elsewhere), remaps=remaps)
+        if not any((request.files, request.trees, request.elsewhere, request.nameless)):
             return
         fds = [self._create(FILES_LIST), self._create(FILES_DATA)]
         leased = self._descriptors()
@@ -119,7 +134,11 @@ class Saving:
         return found
 
     async def finish(self) -> int:
-        """How many names were saved, once all are. Raises UnsupportedError or HpccrError naming one that was not."""
+        """CRIU has written its images: how many names were saved, once all are. Raises UnsupportedError or HpccrError
+        naming one that was not."""
+        if self._nameless:
+            # CRIU has linked them by now, and only the images say how.
+            self._start(self._remaps())
         helper, self._helper = self._helper, None
         if helper is None:
             return 0
@@ -132,6 +151,18 @@ class Saving:
         helper, self._helper = self._helper, None
         if helper is not None:
             await helper.cancel()
+
+    def _remaps(self) -> tuple[str, ...]:
+        """The links that CRIU has made outside the private directories (images remap-fpath and files)."""
+        linked = {entry["remap_id"] for entry in self._image("remap-fpath.img") if entry["remap_type"] == _LINKED}
+        paths = {"/" + entry["reg"]["name"].lstrip("/") for entry in self._image("files.img") if entry["id"] in linked}
+        return tuple(sorted(path for path in paths if not scan.below(path, self._capsule.places)))
+
+    def _image(self, name: str) -> list[dict[str, Any]]:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        with os.fdopen(fd, "rb") as file:
+            entries: list[dict[str, Any]] = self._capsule.images.load(file)["entries"]
+        return entries
 
     async def _work[R](self, function: child.Function[R]) -> R:
         self._helper = child.Helper(self._capsule.reaper, function, identity=self._capsule.identity, keep=())
@@ -160,6 +191,7 @@ class Saving:
             excluded=self._excluded,
             limit=self._limit,
             elsewhere=sorted(others),
+            nameless=[snapshot.Nameless(f.path, f.status.st_dev, f.status.st_ino, f.holder) for f in self._nameless],
         )
 
     def _remote(self) -> list[str]:
@@ -194,6 +226,28 @@ def _devices(lines: Iterable[str]) -> Iterable[int]:
         if kind in _NETWORK_TYPES or kind.startswith("fuse."):
             major, _, minor = before.split()[2].partition(":")
             yield os.makedev(int(major), int(minor))
+
+
+async def link(home: Capsule, directory: int) -> None:
+    """All capsules' files are back: give CRIU the names by which it finds those whose own were removed. Raises
+    HpccrError naming one."""
+    await _with_list(home, directory, rollback.link)
+
+
+async def unlink(home: Capsule, directory: int) -> None:
+    """After a restore that was given up: take those names away again."""
+    await _with_list(home, directory, rollback.unlink)
+
+
+async def _with_list(home: Capsule, directory: int, work: Callable[[int], None]) -> None:
+    try:
+        fd = os.open(FILES_LIST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return  # it had no files to save
+    try:
+        await child.work(home.reaper, lambda: work(fd), identity=home.identity, keep=[fd])
+    finally:
+        os.close(fd)
 
 
 async def roll_back(home: Capsule, directory: int) -> int:

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.noded import child, launch, private, scan, subreaper
+from hpccr.noded import accesses, child, jobfiles, launch, private, scan, subreaper
 from hpccr.noded.capsule import Capsule, Streams, kill, set_last_pid, wait_ended
 from hpccr.noded.control import InitRestore
 from hpccr.noded.criu import Final
@@ -50,6 +50,7 @@ class Restoration:
         await self._capsule.criu(self._directory).probe()
         self._capsule.hold.on()
         set_last_pid(_LOW_PIDS)
+        await jobfiles.link(self._capsule, self._directory)
         self._times = await private.restore(self._capsule.reaper, image.private, self._directory)
         self._criu.restore(
             # As CRIU's sibling the root is init's child from the start, but CRIU traces it, and nobody else can.
@@ -66,8 +67,14 @@ class Restoration:
         tree = self._tree()
         # Until they run, tasks still have descriptors of CRIU's own: its log and images, and /proc.
         own = (os.readlink(f"/proc/self/fd/{self._directory}"), "/proc")
-        wanted = [access for access in scan.accesses(tree) if not scan.below(access.path, own)]
-        child.call(lambda: scan.check_accesses(wanted), identity=self._capsule.identity)
+        found = accesses.collect(tree)
+        handles = [access.handle for access in found if access.handle >= 0]
+        wanted = [access for access in found if not scan.below(access.path, own)]
+        try:
+            child.call(lambda: accesses.check(wanted), identity=self._capsule.identity, keep=handles)
+        finally:
+            for handle in handles:
+                os.close(handle)
         self._capsule.root = image.root_pid
         self._capsule.stdio = self._streams.inodes()
         return Restored(fetch_seconds=0.0, restore_seconds=time.monotonic() - started, bytes=0, tasks=image.tasks)
@@ -122,6 +129,7 @@ class Restoration:
         await self._criu.give_up()
         await wait_ended(ended)
         await wait_ended(kill(task.pid for task in self._tree().tasks))
+        await jobfiles.unlink(self._capsule, self._directory)
 
 
 def check_images(capsule: Capsule, directory: int, root: int) -> bool:

@@ -28,13 +28,38 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 def roll_back(list_fd: int, data_fd: int) -> int:
     """Put everything back; how many names were not as they were. Raises HpccrError naming the file."""
+    return _Rollback(_read(list_fd), data_fd).run()
+
+
+def link(list_fd: int) -> None:
+    """Make the names by which CRIU finds files whose own names had been removed; it removes them again. When all
+    capsules' files are back: to be replaced since would give such a file's tasks another file. Raises HpccrError."""
+    for wanted in _read(list_fd).links:
+        path, other = os.fsdecode(wanted.path), os.fsdecode(wanted.other)
+        try:
+            # A restore that failed may have left it.
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            os.link(other, path, follow_symlinks=False)
+        except OSError as error:
+            raise _failure(path, error) from None
+
+
+def unlink(list_fd: int) -> None:
+    """Remove those names, where CRIU has not: a restore was given up."""
+    for wanted in _read(list_fd).links:
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(wanted.path), os.lstat(wanted.other)):
+                os.unlink(wanted.path)
+
+
+def _read(list_fd: int) -> SavedFiles:
     with os.fdopen(os.dup(list_fd), "rb") as file:
         file.seek(0)
         try:
-            saved = msgspec.msgpack.decode(file.read(), type=SavedFiles)
+            return msgspec.msgpack.decode(file.read(), type=SavedFiles)
         except msgspec.MsgspecError as error:
             raise CorruptError(f"the list of the job's files cannot be read: {error}") from None
-    return _Rollback(saved, data_fd).run()
 
 
 class _Rollback:

@@ -6,7 +6,6 @@ at is no task: its files give ENOENT or ESRCH and it is left out.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,8 @@ from hpccr.errors import CorruptError, HpccrError, UnsupportedError
 from hpccr.noded import child, devices
 from hpccr.noded.control import Identity
 
-_GONE = (FileNotFoundError, ProcessLookupError)
+GONE = (FileNotFoundError, ProcessLookupError)
+"""What a look at a task gives that has ended meanwhile."""
 
 DELETED = " (deleted)"
 """What /proc puts after the name of a file that is not there any more."""
@@ -68,7 +68,7 @@ def read_task(pid: int) -> Task | None:
     try:
         with open(f"/proc/{pid}/status", errors="replace") as file:
             fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-    except _GONE:
+    except GONE:
         return None
     capabilities = 0
     for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
@@ -148,7 +148,7 @@ def highest_id(whole: Tree) -> int:
         try:
             threads = [int(name) for name in os.listdir(f"/proc/{task.pid}/task")]
             highest = max(highest, task.pid, *threads, os.getpgid(task.pid), os.getsid(task.pid))
-        except _GONE:
+        except GONE:
             highest = max(highest, task.pid)
     return highest
 
@@ -189,14 +189,14 @@ def check_open(whole: Tree, private: Iterable[str]) -> None:
         try:
             _check_descriptors(task, places)
             _check_maps(task)
-        except _GONE:
+        except GONE:
             continue
 
 
 def _namespace(pid: int, name: str) -> str:
     try:
         return os.readlink(f"/proc/{pid}/ns/{name}")
-    except _GONE:
+    except GONE:
         return ""
 
 
@@ -204,7 +204,7 @@ def _check_descriptors(task: Task, places: Iterable[str]) -> None:
     for fd in os.listdir(f"/proc/{task.pid}/fd"):
         try:
             link = os.readlink(f"/proc/{task.pid}/fd/{fd}")
-        except _GONE:
+        except GONE:
             continue
         if link in _REFUSED_LINKS:
             what, hint = _REFUSED_LINKS[link]
@@ -216,12 +216,11 @@ def _check_descriptors(task: Task, places: Iterable[str]) -> None:
 
 
 def _check_name(task: Task, fd: str, link: str) -> None:
-    # CRIU keeps such a file by a link of its own, which goes away again when the tasks run on: nothing to come back to.
+    # What NFS calls a file that was removed while it is open. It goes with the last descriptor.
     status = os.stat(f"/proc/{task.pid}/fd/{fd}")
-    silly = os.path.basename(link).startswith(".nfs")
-    if stat.S_ISREG(status.st_mode) and (silly or (link.endswith(DELETED) and status.st_nlink > 0)):
+    if stat.S_ISREG(status.st_mode) and os.path.basename(link).startswith(".nfs"):
         raise UnsupportedError(
-            f"process {task} has {link.removesuffix(DELETED)} open, a name that was removed while the file lives on",
+            f"process {task} has {link.removesuffix(DELETED)} open, a file of NFS whose name was removed",
             hint="let the program keep its scratch files in /tmp (TMPDIR) or not remove them while they are open",
         )
 
@@ -253,7 +252,7 @@ def _lines(path: str) -> list[str]:
     try:
         with open(path, errors="surrogateescape") as file:
             return file.read().splitlines()
-    except _GONE:
+    except GONE:
         return []
 
 
@@ -286,19 +285,23 @@ def _memory(pid: int) -> int:
     return total
 
 
-def _deleted_files(pid: int) -> Iterator[os.stat_result]:
+def descriptors(pid: int) -> list[str]:
+    """Numbers of the descriptors of a process."""
     try:
-        names = os.listdir(f"/proc/{pid}/fd")
-    except _GONE:
-        return
-    for fd in names:
+        return os.listdir(f"/proc/{pid}/fd")
+    except GONE:
+        return []
+
+
+def _deleted_files(pid: int) -> Iterator[os.stat_result]:
+    for fd in descriptors(pid):
         path = f"/proc/{pid}/fd/{fd}"
         try:
             if os.readlink(path).endswith(DELETED):
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode):
                     yield status
-        except _GONE:
+        except GONE:
             continue
 
 
@@ -343,7 +346,8 @@ def identity(path: str, status: os.stat_result) -> bytes:
 def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     """Regular files some task can write to (open for writing, or mapped shared and writable), by path.
 
-    Left out: deleted files (CRIU saves them) and what lies in a private directory (saved as a whole).
+    Left out: deleted files (CRIU saves them; but see nameless_files) and what lies in a private directory (saved as a
+    whole).
     """
     places = (*private, "/proc", "/sys")
     found: dict[str, OpenFile] = {}
@@ -359,28 +363,66 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
         found[path] = OpenFile(path, status, append, leased)
 
     for task in whole.tasks:
-        for fd, flags, leased in _descriptor_flags(task.pid):
+        for fd, flags, leased in descriptor_flags(task.pid):
             if flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR):
                 link = f"/proc/{task.pid}/fd/{fd}"
                 try:
                     holder = (task.pid, int(fd)) if leased else None
                     note(os.readlink(link), os.stat(link), bool(flags & os.O_APPEND), holder)
-                except _GONE:
+                except GONE:
                     continue
         for address, permissions, path in mappings(task.pid):
             if permissions[1] == "w" and permissions[3] == "s":
                 try:
                     note(path, os.stat(f"/proc/{task.pid}/map_files/{address}"), False)
-                except _GONE:
+                except GONE:
                     continue
     return tuple(found[path] for path in sorted(found))
 
 
-def _descriptor_flags(pid: int) -> Iterator[tuple[str, int, bool]]:
+@dataclass(frozen=True)
+class NamelessFile:
+    """A regular file that some task has open or mapped by a name that was removed, while the file has other names.
+
+    path: the removed name.
+    """
+
+    path: str
+    status: os.stat_result
+    holder: str
+
+
+def nameless_files(whole: Tree, private: Iterable[str]) -> tuple[NamelessFile, ...]:
+    """All of them outside private directories, by path and inode. CRIU finds such a file again by a link of its own
+    beside the removed name, which goes when the tasks run on."""
+    places = (*private, "/proc", "/sys")
+    found: dict[tuple[str, int, int], NamelessFile] = {}
+
+    def note(link: str, name: str, task: Task) -> None:
+        if not name.startswith("/") or not name.endswith(DELETED):
+            return
+        path = name.removesuffix(DELETED)
+        status = os.stat(link)
+        if not stat.S_ISREG(status.st_mode) or not status.st_nlink or below(path, places):
+            return
+        found[path, status.st_dev, status.st_ino] = NamelessFile(path, status, str(task))
+
+    for task in whole.tasks:
+        links = [(f"/proc/{task.pid}/fd/{fd}", "") for fd in descriptors(task.pid)]
+        links += [(f"/proc/{task.pid}/map_files/{address}", path) for address, _, path in mappings(task.pid)]
+        for link, name in links:
+            try:
+                note(link, name or os.readlink(link), task)
+            except GONE:
+                continue
+    return tuple(found[key] for key in sorted(found))
+
+
+def descriptor_flags(pid: int) -> Iterator[tuple[str, int, bool]]:
     """Descriptor, flags of open(2), whether there is a lease on it."""
     try:
         names = os.listdir(f"/proc/{pid}/fdinfo")
-    except _GONE:
+    except GONE:
         return
     for fd in names:
         lines = _lines(f"/proc/{pid}/fdinfo/{fd}")
@@ -400,82 +442,6 @@ def mappings(pid: int) -> Iterator[tuple[str, str, str]]:
             yield f"{int(start, 16):x}-{int(end, 16):x}", words[1], words[5]
 
 
-@dataclass(frozen=True)
-class Access:
-    """A file some task has: path, how (os.O_ flags), and which file it must be."""
-
-    path: str
-    flags: int
-    device: int
-    inode: int
-    holder: str
-    leased: bool = False
-
-
-def accesses(whole: Tree) -> list[Access]:
-    """Every file and directory with a name that the tasks have open, mapped, as program or as working directory."""
-    found: dict[tuple[str, int], Access] = {}
-
-    def note(link: str, flags: int, task: Task, path: str | None = None, leased: bool = False) -> None:
-        try:
-            name = path if path is not None else os.readlink(link)
-            status = os.stat(link)
-        except _GONE:
-            return
-        regular = stat.S_ISREG(status.st_mode)
-        if not name.startswith("/") or name.endswith(DELETED) or not (regular or stat.S_ISDIR(status.st_mode)):
-            return
-        found.setdefault((name, flags), Access(name, flags, status.st_dev, status.st_ino, str(task), leased))
-
-    for task in whole.tasks:
-        for fd, flags, leased in _descriptor_flags(task.pid):
-            if not flags & os.O_PATH:
-                note(f"/proc/{task.pid}/fd/{fd}", flags & os.O_ACCMODE, task, leased=leased)
-        for address, permissions, path in mappings(task.pid):
-            writes = permissions[1] == "w" and permissions[3] == "s"
-            note(f"/proc/{task.pid}/map_files/{address}", os.O_RDWR if writes else os.O_RDONLY, task, path)
-        note(f"/proc/{task.pid}/exe", os.O_PATH, task)
-        note(f"/proc/{task.pid}/cwd", os.O_PATH, task)
-        note(f"/proc/{task.pid}/root", os.O_PATH, task)
-    return list(found.values())
-
-
 def below(path: str, places: Iterable[str]) -> bool:
     """Whether `path` is one of the directories `places` or in one."""
     return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
-
-
-def check_accesses(wanted: Iterable[Access]) -> None:
-    """Open each file by its path with the same access, as whoever calls this (a child with the user's ids).
-
-    CRIU opened them as root. Raises CorruptError naming the first that this user cannot open or that is another file.
-    """
-    for access in wanted:
-        try:
-            status = _open_as(access)
-        except OSError as error:
-            raise CorruptError(
-                f"process {access.holder} has {access.path} open, which the user cannot open: {error.strerror}",
-                hint="the permissions of that file or of a directory above it have changed since the checkpoint",
-            ) from None
-        if (status.st_dev, status.st_ino) != (access.device, access.inode):
-            raise CorruptError(
-                f"process {access.holder} has another file open than the one now at {access.path}",
-                hint="something changed the job's files during the restore",
-            )
-
-
-_MODES = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
-
-
-def _open_as(access: Access) -> os.stat_result:
-    """The file that an open() like the task's gives, with no more than a look where opening would break a lease."""
-    if access.leased:
-        if not os.access(access.path, _MODES[access.flags & os.O_ACCMODE]):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return os.stat(access.path)
-    fd = os.open(access.path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        return os.fstat(fd)
-    finally:
-        os.close(fd)

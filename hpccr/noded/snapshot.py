@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hpccr.errors import HpccrError, UnsupportedError
-from hpccr.model import Extent, SavedFile, SavedFiles
+from hpccr.model import Extent, Link, SavedFile, SavedFiles
 
 CHUNK = 1 << 20
 LARGE = 256 << 10
@@ -27,6 +28,9 @@ SMALL_HOLE = 64 << 10
 """Holes up to this are saved as zeros: many small extents cost more than they save."""
 TEMPORARY = ".hpccr-rollback"
 """How the names end that a rollback uses for a moment (rollback.py)."""
+
+CRIU_LINK = re.compile(r"link_remap\.\d+")
+"""How CRIU calls the links that it makes beside removed names (criu/files-reg.c)."""
 
 _SQLITE = b"SQLite format 3\0"
 _SQLITE_COMPANIONS = ("-journal", "-wal", "-shm")
@@ -52,20 +56,39 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Nameless:
+    """A file that some task has by a name that was removed, while the file has others. path: the removed name."""
+
+    path: str
+    device: int
+    inode: int
+    holder: str
+
+
+@dataclass(frozen=True)
 class Request:
-    """What to save. files: open ones; trees, excluded: see model.FileRules; elsewhere: paths that others save."""
+    """What to save. files: open ones; trees, excluded: see model.FileRules; elsewhere: paths that others save;
+    remaps: the names that CRIU has given the nameless files for a while."""
 
     files: Sequence[Wanted]
     trees: Sequence[str]
     excluded: Sequence[str]
     limit: int
     elsewhere: Sequence[str] = ()
+    nameless: Sequence[Nameless] = ()
+    remaps: Sequence[str] = ()
 
 
 def measure(request: Request) -> int:
     """Bytes that save() may write, by the sizes as they are now. Raises what save() would, but for what may be a
     matter of the moment: the tasks run."""
     total = 0
+    for nameless in request.nameless:
+        path = other_names(nameless)[0]
+        status = os.stat(path, follow_symlinks=False)
+        _check_size(path, status, request.limit)
+        _check_readable(path)
+        total += _room(status)
     for file in request.files:
         try:
             now = os.stat(file.path, follow_symlinks=False)
@@ -92,24 +115,29 @@ def measure(request: Request) -> int:
 
 def save(request: Request, list_fd: int, data_fd: int) -> int:
     """Save everything; how many names there are. Raises UnsupportedError naming what cannot be saved, OSError."""
-    container = _Container(data_fd)
-    found: dict[str, SavedFile] = {}
-    inodes: dict[tuple[int, int], str] = {}
-    for file in request.files:
-        _save_wanted(file, request.limit, container, found, inodes)
-    for path, status in _trees(request):
-        if path not in found:
-            _save_entry(path, status, request.limit, container, found, inodes)
-    saved = SavedFiles(
-        files=tuple(found.values()),
-        trees=tuple(os.fsencode(tree) for tree in request.trees),
-        excluded=tuple(os.fsencode(path) for path in request.excluded),
-        elsewhere=tuple(os.fsencode(path) for path in request.elsewhere),
-    )
-    view = memoryview(msgspec.msgpack.encode(saved))
-    while view:
-        view = view[os.write(list_fd, view) :]
-    return len(saved.files)
+    return _Saving(request, data_fd).run(list_fd)
+
+
+def other_names(file: Nameless) -> list[str]:
+    """What the file is called now in the directory of its removed name, by the order of names. Raises
+    UnsupportedError if no restore could find it again: it has to be the user's, in a directory of the user's."""
+    directory = os.path.dirname(file.path)
+    found = []
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if CRIU_LINK.fullmatch(entry.name):
+                continue
+            with suppress(OSError):
+                status = os.stat(entry.path, follow_symlinks=False)
+                if (status.st_dev, status.st_ino, status.st_uid) == (file.device, file.inode, os.geteuid()):
+                    found.append(entry.path)
+    if not found or not os.access(directory, os.W_OK | os.X_OK):
+        raise UnsupportedError(
+            f"process {file.holder} has {file.path} open, a name that was removed, and the file lives on under "
+            "a name that is not known",
+            hint="keep both names in one directory of the user's, or the program's scratch files in /tmp (TMPDIR)",
+        )
+    return sorted(found)
 
 
 def refresh(paths: Sequence[str], *, write_out: bool) -> None:
@@ -243,93 +271,113 @@ def _room(status: os.stat_result) -> int:
     return min(status.st_size, status.st_blocks * 512 * (1 + SMALL_HOLE // PAGE)) + PAGE
 
 
-def _save_wanted(
-    file: Wanted,
-    limit: int,
-    container: _Container,
-    found: dict[str, SavedFile],
-    inodes: dict[tuple[int, int], str],
-) -> None:
-    if file.leased:
-        status = os.stat(file.path, follow_symlinks=False)
-        whole = container.add(file.fd, status.st_size, file.path, holes=False) if file.fd >= 0 else None
-        found[file.path] = _entry(file.path, status, extents=whole)
-        return
-    fd, status = _open_wanted(file)
-    if fd < 0:
-        found[file.path] = _entry(file.path, status, extents=None)
-        return
-    try:
-        if _only_cut(file, status, limit):
-            found[file.path] = _entry(file.path, status, extents=None, fd=fd)
+class _Saving:
+    def __init__(self, request: Request, data_fd: int) -> None:
+        self._request = request
+        self._container = _Container(data_fd)
+        self._found: dict[str, SavedFile] = {}
+        self._inodes: dict[tuple[int, int], str] = {}
+        """The first name of each file that has several."""
+
+    def run(self, list_fd: int) -> int:
+        request = self._request
+        for file in request.files:
+            self._save_wanted(file)
+        for nameless in request.nameless:
+            for path in other_names(nameless):
+                if path not in self._found:
+                    self._save_wanted(Wanted(path, nameless.device, nameless.inode, append=False))
+        links = tuple(self._link(remap) for remap in request.remaps)
+        for path, status in _trees(request):
+            if path not in self._found:
+                self._save_entry(path, status)
+        saved = SavedFiles(
+            files=tuple(self._found.values()),
+            trees=tuple(os.fsencode(tree) for tree in request.trees),
+            excluded=tuple(os.fsencode(path) for path in request.excluded),
+            elsewhere=tuple(os.fsencode(path) for path in request.elsewhere),
+            links=links,
+        )
+        view = memoryview(msgspec.msgpack.encode(saved))
+        while view:
+            view = view[os.write(list_fd, view) :]
+        return len(saved.files)
+
+    def _link(self, remap: str) -> Link:
+        status = os.stat(remap, follow_symlinks=False)
+        other = self._inodes.get((status.st_dev, status.st_ino))
+        if other is None:
+            raise HpccrError(f"CRIU has linked {remap}, a file that the job was not seen to have open")
+        return Link(os.fsencode(remap), os.fsencode(other))
+
+    def _save_wanted(self, file: Wanted) -> None:
+        if file.leased:
+            status = os.stat(file.path, follow_symlinks=False)
+            whole = None
+            if file.fd >= 0:
+                whole = self._container.add(file.fd, status.st_size, file.path, holes=False)
+            self._found[file.path] = _entry(file.path, status, extents=whole)
             return
-        _save_content(file.path, fd, status, container, found, inodes)
-        if os.pread(fd, len(_SQLITE), 0) == _SQLITE:
-            # It writes no more to a database whose name leads to another inode (SQLITE_READONLY_DBMOVED).
-            found[file.path] = msgspec.structs.replace(found[file.path], keep=True)
-            for suffix in _SQLITE_COMPANIONS:
-                _save_companion(file.path + suffix, limit, container, found, inodes)
-    finally:
-        os.close(fd)
-
-
-def _save_companion(
-    path: str, limit: int, container: _Container, found: dict[str, SavedFile], inodes: dict[tuple[int, int], str]
-) -> None:
-    if path in found:
-        return
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        found[path] = SavedFile(os.fsencode(path), 0)
-        return
-    if stat.S_ISREG(status.st_mode):
-        _save_entry(path, status, limit, container, found, inodes)
-
-
-def _save_content(
-    path: str,
-    fd: int,
-    status: os.stat_result,
-    container: _Container,
-    found: dict[str, SavedFile],
-    inodes: dict[tuple[int, int], str],
-) -> None:
-    same = inodes.get((status.st_dev, status.st_ino))
-    if same is not None:
-        found[path] = _entry(path, status, fd=fd, same=os.fsencode(same))
-        return
-    found[path] = _entry(path, status, extents=container.add(fd, status.st_size, path), fd=fd)
-    if status.st_nlink > 1:
-        inodes[status.st_dev, status.st_ino] = path
-
-
-def _save_entry(
-    path: str,
-    status: os.stat_result,
-    limit: int,
-    container: _Container,
-    found: dict[str, SavedFile],
-    inodes: dict[tuple[int, int], str],
-) -> None:
-    """A name in a tree. Devices and sockets are left out: the first a user cannot make, the second are CRIU's."""
-    kind = stat.S_IFMT(status.st_mode)
-    if kind == stat.S_IFREG:
-        _check_size(path, status, limit)
+        fd, status = _open_wanted(file)
+        if fd < 0:
+            self._found[file.path] = _entry(file.path, status, extents=None)
+            return
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise UnsupportedError(
-                f"{path} cannot be saved: {error.strerror}", hint="take it out of the directories of --files"
-            ) from None
-        try:
-            _save_content(path, fd, os.fstat(fd), container, found, inodes)
+            if _only_cut(file, status, self._request.limit):
+                self._found[file.path] = _entry(file.path, status, extents=None, fd=fd)
+                self._remember(file.path, status)
+                return
+            self._save_content(file.path, fd, status)
+            if os.pread(fd, len(_SQLITE), 0) == _SQLITE:
+                # It writes no more to a database whose name leads to another inode (SQLITE_READONLY_DBMOVED).
+                self._found[file.path] = msgspec.structs.replace(self._found[file.path], keep=True)
+                for suffix in _SQLITE_COMPANIONS:
+                    self._save_companion(file.path + suffix)
         finally:
             os.close(fd)
-    elif kind == stat.S_IFLNK:
-        found[path] = _entry(path, status, target=os.fsencode(os.readlink(path)))
-    elif kind in (stat.S_IFDIR, stat.S_IFIFO):
-        found[path] = _entry(path, status)
+
+    def _save_companion(self, path: str) -> None:
+        if path in self._found:
+            return
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            self._found[path] = SavedFile(os.fsencode(path), 0)
+            return
+        if stat.S_ISREG(status.st_mode):
+            self._save_entry(path, status)
+
+    def _save_content(self, path: str, fd: int, status: os.stat_result) -> None:
+        same = self._inodes.get((status.st_dev, status.st_ino))
+        if same is not None:
+            self._found[path] = _entry(path, status, fd=fd, same=os.fsencode(same))
+            return
+        self._found[path] = _entry(path, status, extents=self._container.add(fd, status.st_size, path), fd=fd)
+        self._remember(path, status)
+
+    def _remember(self, path: str, status: os.stat_result) -> None:
+        if status.st_nlink > 1:
+            self._inodes.setdefault((status.st_dev, status.st_ino), path)
+
+    def _save_entry(self, path: str, status: os.stat_result) -> None:
+        """A name in a tree. Devices and sockets are left out: the first a user cannot make, the second are CRIU's."""
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG:
+            _check_size(path, status, self._request.limit)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                raise UnsupportedError(
+                    f"{path} cannot be saved: {error.strerror}", hint="take it out of the directories of --files"
+                ) from None
+            try:
+                self._save_content(path, fd, os.fstat(fd))
+            finally:
+                os.close(fd)
+        elif kind == stat.S_IFLNK:
+            self._found[path] = _entry(path, status, target=os.fsencode(os.readlink(path)))
+        elif kind in (stat.S_IFDIR, stat.S_IFIFO):
+            self._found[path] = _entry(path, status)
 
 
 def _entry(
@@ -369,7 +417,7 @@ def _attributes(where: int | str) -> dict[str, bytes]:
 
 def _trees(request: Request) -> Iterator[tuple[str, os.stat_result]]:
     """Everything in the trees, directories before what is in them; nothing excluded, no other file systems."""
-    excluded = set(request.excluded)
+    excluded = {*request.excluded, *request.remaps}
 
     def fail(error: OSError) -> None:
         if error.errno not in _NOT_THERE:

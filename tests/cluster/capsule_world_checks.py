@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 from hpccr.noded.control import InitDumped
-from hpccr.wire.messages import Started
+from hpccr.wire.messages import Abort, Aborted, Restored, Started
 from msgspec import structs
 
 import capsule_init_checks
@@ -133,6 +134,86 @@ def described(one: capsule_init_checks.Capsule) -> dict[str, dict[str, list[obje
     one.write(b"describe\n")
     found: dict[str, dict[str, list[object]]] = json.loads(one.read_until(b"\n"))
     return found
+
+
+REMOVED = """
+    import json, mmap, os, sys
+
+    os.chdir(sys.argv[1])
+
+    def make(name, size=0):
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)
+        os.ftruncate(fd, size)
+        os.link(name, f"{name}-other")
+        return fd
+
+    written, twice, mapped, read, again = (make(name, 4096 * (name == "mapped")) for name in
+                                           ("written", "twice", "mapped", "read", "again"))
+    second = os.open("twice", os.O_WRONLY | os.O_APPEND)
+    memory = mmap.mmap(mapped, 4096)
+    os.close(mapped)
+    os.write(read, b"read")
+    os.close(read)
+    read = os.open("read", os.O_RDONLY)
+    os.link("written", "written-third")
+    for name in ("written", "twice", "mapped", "read", "again"):
+        os.unlink(name)
+    # Another file has the name now: CRIU calls the first one again.cr_link.
+    named = os.open("again", os.O_RDWR | os.O_CREAT, 0o600)
+    print("ready", flush=True)
+    for number, line in enumerate(sys.stdin):
+        data = line.strip().encode()
+        if data != b"look":
+            os.pwrite(written, data, 3 * number)
+            os.write(twice, data)
+            os.write(second, data)
+            memory[3 * number : 3 * number + len(data)] = data
+            os.write(again, data)
+            os.write(named, data[::-1])
+        found = {name: [os.stat(name).st_nlink, open(name, "rb").read().hex()] for name in sorted(os.listdir())}
+        for name, fd in (("written", written), ("twice", twice), ("twice", second), ("read", read), ("again", again)):
+            same = os.path.sameopenfile(fd, other := os.open(f"{name}-other", os.O_RDONLY))
+            os.close(other)
+            found[fd] = [same, os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_nlink,
+                         os.readlink(f"/proc/self/fd/{fd}").replace(".cr_link", "")]
+        found["memory"] = memory[:].hex()
+        print(json.dumps(found), flush=True)
+"""
+
+
+@case
+def files_with_removed_names_come_back(home: Path) -> None:
+    """Names removed while the file is open, read, mapped, and has another name: it is the same file as that again."""
+
+    def told(one: capsule_init_checks.Capsule, line: str) -> dict[str, object]:
+        one.write(f"{line}\n".encode())
+        found: dict[str, object] = json.loads(one.read_until(b"\n"))
+        return found
+
+    with spool() as first, spool() as second:
+        with capsule() as one:
+            assert isinstance(one.launch([PYTHON, "-u", "-c", textwrap.dedent(REMOVED), str(home)]), Started)
+            one.read_until(b"ready\n")
+            told(one, "abc")
+            before = told(one, "look")
+            dumped, _ = one.checkpoint(first)
+            assert told(one, "look") == before
+            expected = told(one, "def")
+        (home / "twice-other").unlink()
+        (home / "written-other").write_text("another")
+        for _ in range(2):
+            with capsule() as two:
+                two.restart(first, dumped)
+                assert told(two, "look") == before
+                again, _ = two.checkpoint(second)
+                assert told(two, "def") == expected
+        with capsule() as three:
+            three.restart(second, again)
+            assert told(three, "look") == before
+        with capsule() as four:
+            assert isinstance(four.restore(first, dumped), Restored)
+            assert isinstance(four.ask(Abort(reason="another node failed")), Aborted)
+        assert not [path for path in home.iterdir() if "link" in path.name]
 
 
 def look(one: capsule_init_checks.Capsule) -> tuple[float, float]:

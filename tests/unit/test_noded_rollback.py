@@ -32,9 +32,11 @@ class Saved:
     """A checkpoint's files."""
 
     def __init__(self, *files: snapshot.Wanted, trees: tuple[Path, ...] = (), excluded: tuple[Path, ...] = (),
-                 limit: int = LIMIT) -> None:  # fmt: skip
+                 limit: int = LIMIT, nameless: tuple[snapshot.Nameless, ...] = (),
+                 remaps: tuple[Path, ...] = ()) -> None:  # fmt: skip
         self.list, self.data = (os.memfd_create(name) for name in ("list", "data"))
-        request = snapshot.Request(files, [str(tree) for tree in trees], [str(path) for path in excluded], limit)
+        paths = [[str(path) for path in several] for several in (trees, excluded, remaps)]
+        request = snapshot.Request(files, *paths[:2], limit, nameless=nameless, remaps=paths[2])
         room = snapshot.measure(request)
         self.count = snapshot.save(request, self.list, self.data)
         assert os.fstat(self.data).st_blocks * 512 <= room
@@ -274,6 +276,48 @@ def test_sqlite_does_not_take_later_journals_for_a_crash(tmp_path: Path, mode: s
     with sqlite3.connect(path) as database:
         assert database.execute("select n from numbers").fetchall() == [(1,)]
     database.close()
+
+
+# --- removed names ----------------------------------------------------------------------------------------------------
+
+
+def nameless(path: Path, removed: str) -> snapshot.Nameless:
+    status = path.stat()
+    return snapshot.Nameless(str(path.parent / removed), status.st_dev, status.st_ino, "1 (one)")
+
+
+def test_a_file_whose_name_was_removed_is_found_by_its_other(tmp_path: Path) -> None:
+    """As CRIU has it: linked beside the removed name when it is saved, and when it is restored."""
+    other, remap = tmp_path / "other", tmp_path / "link_remap.7"
+    other.write_text("text")
+    removed = nameless(other, "file")
+    remap.hardlink_to(other)
+    saved = Saved(nameless=(removed,), remaps=(remap,), trees=(tmp_path,))
+    remap.unlink()
+    before = contents(tmp_path)
+    assert str(remap) not in saved.names and saved.names[str(other)]
+    other.unlink()
+    other.write_text("another file")
+    saved.back()
+    remap.write_text("left by a restore that failed")
+    rollback.link(saved.list)
+    assert remap.samefile(other) and other.read_text() == "text"
+    rollback.unlink(saved.list)
+    assert contents(tmp_path) == before
+    remap.write_text("somebody's")
+    rollback.unlink(saved.list)
+    assert remap.read_text() == "somebody's"
+
+
+def test_a_removed_name_without_a_known_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link_remap.12").touch()
+    for directory in (tmp_path, tmp_path / "elsewhere"):
+        removed = nameless(tmp_path / "elsewhere" / "link_remap.12", "file")
+        removed = snapshot.Nameless(str(directory / "file"), removed.device, removed.inode, "1 (one)")
+        with pytest.raises(UnsupportedError, match=r"1 \(one\) has .*/file open, a name that was removed") as caught:
+            Saved(nameless=(removed,))
+        assert "TMPDIR" in caught.value.hint
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""What restored tasks have open, compared with what their user may open.
+
+CRIU opens files as root, by the paths in its images, and a user can change what a path leads to. So before any task
+runs each file is opened once more, with the user's ids.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hpccr.errors import CorruptError
+from hpccr.noded.scan import DELETED, GONE, Task, Tree, descriptor_flags, mappings
+
+
+@dataclass(frozen=True)
+class Access:
+    """A file some task has: path, how (os.O_ flags), and which file it must be."""
+
+    path: str
+    flags: int
+    device: int
+    inode: int
+    holder: str
+    leased: bool = False
+    handle: int = -1
+    """Where the name was removed while the file has others: the file itself, opened with O_PATH."""
+
+
+def collect(whole: Tree) -> list[Access]:
+    """Every file and directory that the tasks have open, mapped, as program or as working directory, but for files
+    without any name. The handles are the caller's."""
+    found: dict[tuple[str, int], Access] = {}
+    nameless: dict[tuple[int, int, int], Access] = {}
+
+    def note(link: str, flags: int, task: Task, path: str | None = None, leased: bool = False) -> None:
+        try:
+            name = path if path is not None else os.readlink(link)
+            status = os.stat(link)
+        except GONE:
+            return
+        regular = stat.S_ISREG(status.st_mode)
+        if not name.startswith("/") or not (regular or stat.S_ISDIR(status.st_mode)):
+            return
+        if name.endswith(DELETED):
+            key = (status.st_dev, status.st_ino, flags)
+            if regular and status.st_nlink and key not in nameless:
+                handle = os.open(link, os.O_PATH | os.O_CLOEXEC)
+                nameless[key] = Access(name, flags, status.st_dev, status.st_ino, str(task), leased, handle)
+            return
+        found.setdefault((name, flags), Access(name, flags, status.st_dev, status.st_ino, str(task), leased))
+
+    for task in whole.tasks:
+        for fd, flags, leased in descriptor_flags(task.pid):
+            if not flags & os.O_PATH:
+                note(f"/proc/{task.pid}/fd/{fd}", flags & os.O_ACCMODE, task, leased=leased)
+        for address, permissions, path in mappings(task.pid):
+            writes = permissions[1] == "w" and permissions[3] == "s"
+            note(f"/proc/{task.pid}/map_files/{address}", os.O_RDWR if writes else os.O_RDONLY, task, path)
+        note(f"/proc/{task.pid}/exe", os.O_PATH, task)
+        note(f"/proc/{task.pid}/cwd", os.O_PATH, task)
+        note(f"/proc/{task.pid}/root", os.O_PATH, task)
+    return [*found.values(), *nameless.values()]
+
+
+def check(wanted: Iterable[Access]) -> None:
+    """Open each file by its path with the same access, as whoever calls this (a child with the user's ids).
+
+    CRIU opened them as root. Raises CorruptError naming the first that this user cannot open or that is another file.
+    """
+    for access in wanted:
+        try:
+            status = _open_as(access)
+        except OSError as error:
+            raise CorruptError(
+                f"process {access.holder} has {access.path} open, which the user cannot open: {error.strerror}",
+                hint="the permissions of that file or of a directory above it have changed since the checkpoint",
+            ) from None
+        if (status.st_dev, status.st_ino) != (access.device, access.inode):
+            raise CorruptError(
+                f"process {access.holder} has another file open than the one now at {access.path}",
+                hint="something changed the job's files during the restore",
+            )
+
+
+_MODES = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
+
+
+def _open_as(access: Access) -> os.stat_result:
+    """The file that an open() like the task's gives, with no more than a look where opening would break a lease."""
+    path = access.path if access.handle < 0 else f"/proc/self/fd/{access.handle}"
+    if access.leased:
+        if not os.access(path, _MODES[access.flags & os.O_ACCMODE]):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os.stat(path)
+    fd = os.open(path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
