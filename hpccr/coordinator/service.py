@@ -221,8 +221,11 @@ class Boot:
                 return limits.create_timeout
             case Phase.FETCHING | Phase.ROLLING_BACK | Phase.RESTORING:
                 return limits.restore_timeout
-            case Phase.ASKING | Phase.PREPARING:
+            case Phase.ASKING:
                 return limits.prepare_timeout
+            case Phase.PREPARING:
+                # Trees are copied as far as they can be, which takes the time that a dump may take.
+                return limits.prepare_timeout + (limits.dump_timeout if self._config.files.trees else 0)
             case Phase.ARRIVING | Phase.FINISHING:
                 return self._patience + limits.prepare_timeout
             case Phase.FREEZING | Phase.SURVEYING:

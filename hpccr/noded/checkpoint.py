@@ -67,6 +67,7 @@ class Checkpoint:
                 f"the dump may take {needed} bytes and the spool has {self._request.room} free",
                 hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
             )
+        await self._files.copy_ahead()
         await self._capsule.criu(self._directory).probe()
         self._criu_version = await self._capsule.criu(self._directory).version()
         self._criu.on_killed = lambda: repair_sockets(self._tree())

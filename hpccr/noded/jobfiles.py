@@ -28,7 +28,8 @@ _NETWORK_TYPES = frozenset(
 
 
 class Saving:
-    """One checkpoint's. Steps in this order: measure, write_out, survey, start, finish; or cancel at any time."""
+    """One checkpoint's. Steps in this order: measure, copy_ahead, write_out, survey, start,
+    finish; or cancel at any time."""
 
     def __init__(self, home: Capsule, rules: FileRules, directory: int) -> None:
         """directory: the spool directory of the checkpoint; the caller's."""
@@ -56,6 +57,21 @@ class Saving:
         if not request.files and not request.trees and not request.nameless:
             return 0
         return int(await self._work(lambda: snapshot.measure(request)))
+
+    async def copy_ahead(self) -> None:
+        """While the tasks run: save what rests in the trees already. After measure(). Raises as that does."""
+        if not self._trees:
+            return
+        request = self._request(frozenset())
+        # One capsule saves what is on shared storage (survey): of a tree it is the first that has it.
+        network = self._capsule.network
+        first = network is None or network.own == 0
+        fds = [self._open(FILES_LIST), self._open(FILES_DATA)]
+        try:
+            await self._work(lambda: snapshot.copy_ahead(request, *fds, first=first), keep=fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     async def write_out(self, tree: scan.Tree) -> None:
         """All tasks of this capsule are stopped: note what there is to save, and bring what was written here to where
@@ -102,7 +118,7 @@ class Saving:
         request = replace(self._request(self._elsewhere), remaps=remaps)
         if not any((request.files, request.trees, request.elsewhere, request.nameless)):
             return
-        fds = [self._create(FILES_LIST), self._create(FILES_DATA)]
+        fds = [self._open(FILES_LIST), self._open(FILES_DATA)]
         leased = self._descriptors()
         request = replace(request, files=[replace(file, fd=leased.get(file.path, -1)) for file in request.files])
         try:
@@ -164,8 +180,8 @@ class Saving:
             entries: list[dict[str, Any]] = self._capsule.images.load(file)["entries"]
         return entries
 
-    async def _work[R](self, function: child.Function[R]) -> R:
-        self._helper = child.Helper(self._capsule.reaper, function, identity=self._capsule.identity, keep=())
+    async def _work[R](self, function: child.Function[R], keep: Iterable[int] = ()) -> R:
+        self._helper = child.Helper(self._capsule.reaper, function, identity=self._capsule.identity, keep=keep)
         helper = self._helper
         try:
             result: R = await helper.result()
@@ -191,6 +207,7 @@ class Saving:
             excluded=self._excluded,
             limit=self._limit,
             elsewhere=sorted(others),
+            remote=network_devices(),
             nameless=[snapshot.Nameless(f.path, f.status.st_dev, f.status.st_ino, f.holder) for f in self._nameless],
         )
 
@@ -198,15 +215,16 @@ class Saving:
         devices = network_devices()
         return [file.path for file in self._files if file.status.st_dev in devices and file.leased is None]
 
-    def _create(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    def _open(self, name: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, 0o600, dir_fd=self._directory)
 
 
 def _tree_identity(tree: str) -> bytes:
-    """b"" where there is none: nobody else has it then either, or each has its own."""
+    """b"" where there is none: nobody else has it then either, or each has its own. The first byte chooses who saves
+    it (the coordinator's saved_elsewhere): 0 is the first capsule, which has copied it ahead."""
     try:
-        return scan.identity(tree, os.stat(tree, follow_symlinks=False))
+        return b"\0" + scan.identity(tree, os.stat(tree, follow_symlinks=False))[1:]
     except OSError:
         return b""
 

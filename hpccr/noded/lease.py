@@ -324,7 +324,8 @@ class Lease:
                     files=request.files,
                 ),
                 m.Prepared,
-                config.prepare_timeout + MARGIN,
+                # Trees are copied as far as they can be, which takes the time that a dump may take.
+                config.prepare_timeout + MARGIN + (config.dump_timeout if request.files.trees else 0),
                 descriptors=(fd,),
             )
         finally:

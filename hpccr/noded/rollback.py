@@ -20,7 +20,8 @@ import msgspec
 
 from hpccr.errors import CorruptError, HpccrError
 from hpccr.model import SavedFile, SavedFiles
-from hpccr.noded.snapshot import CHUNK, TEMPORARY, data_ranges, walk
+from hpccr.noded.contents import CHUNK, data_ranges
+from hpccr.noded.snapshot import TEMPORARY, walk
 
 _MAX_NAME = 255
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

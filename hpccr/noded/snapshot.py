@@ -1,8 +1,7 @@
 """Saving the job's files: contents and attributes of what a restore has to put back. Runs with the user's ids.
 
-Called in a helper process (child.Helper) of capsule init, while every task of the job is stopped. Everything goes into
-two files that it gets open: the list (model.SavedFiles) and the contents, one after the other. Contents begin at places
-with the same remainder as in their file, so that the store finds the blocks of an earlier checkpoint again.
+Called in helper processes (child.Helper) of capsule init. Everything goes into two files that they get open: the list
+(model.SavedFiles) and the contents. copy_ahead() runs beside the tasks, save() while every task of the job is stopped.
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ import msgspec
 
 from hpccr.errors import HpccrError, UnsupportedError
 from hpccr.model import Extent, Link, SavedFile, SavedFiles
+from hpccr.noded import ahead
+from hpccr.noded.ahead import write_list
+from hpccr.noded.contents import PAGE, SMALL_HOLE, Container
 
-CHUNK = 1 << 20
-LARGE = 256 << 10
-"""Bytes from which on a file's content begins at a multiple of this: a multiple of the store's blocks."""
-PAGE = 4096
-SMALL_HOLE = 64 << 10
-"""Holes up to this are saved as zeros: many small extents cost more than they save."""
 TEMPORARY = ".hpccr-rollback"
 """How the names end that a rollback uses for a moment (rollback.py)."""
 
@@ -68,7 +64,7 @@ class Nameless:
 @dataclass(frozen=True)
 class Request:
     """What to save. files: open ones; trees, excluded: see model.FileRules; elsewhere: paths that others save;
-    remaps: the names that CRIU has given the nameless files for a while."""
+    remaps: the names that CRIU has given the nameless files for a while; remote: devices (st_dev) of other machines."""
 
     files: Sequence[Wanted]
     trees: Sequence[str]
@@ -77,6 +73,7 @@ class Request:
     elsewhere: Sequence[str] = ()
     nameless: Sequence[Nameless] = ()
     remaps: Sequence[str] = ()
+    remote: frozenset[int] = frozenset()
 
 
 def measure(request: Request) -> int:
@@ -113,9 +110,27 @@ def measure(request: Request) -> int:
     return total
 
 
+def copy_ahead(request: Request, list_fd: int, data_fd: int, *, first: bool) -> int:
+    """While the tasks run: copy what is in the trees and rests; how many files. first: this is the capsule that saves
+    what is on other machines, where all capsules have it. Raises as save() does."""
+    open_now = {(file.device, file.inode) for file in request.files}
+
+    def wanted(status: os.stat_result) -> bool:
+        return (
+            stat.S_ISREG(status.st_mode)
+            and status.st_size <= request.limit
+            and (first or status.st_dev not in request.remote)
+            and (status.st_dev, status.st_ino) not in open_now
+        )
+
+    paths = (path for path, status in _trees(request) if wanted(status))
+    return ahead.copy(paths, request.remote, list_fd, data_fd)
+
+
 def save(request: Request, list_fd: int, data_fd: int) -> int:
-    """Save everything; how many names there are. Raises UnsupportedError naming what cannot be saved, OSError."""
-    return _Saving(request, data_fd).run(list_fd)
+    """Save everything; how many names there are. list_fd, data_fd: as copy_ahead() left them, or empty. Raises
+    UnsupportedError naming what cannot be saved, OSError."""
+    return _Saving(request, list_fd, data_fd).run()
 
 
 def other_names(file: Nameless) -> list[str]:
@@ -151,74 +166,6 @@ def refresh(paths: Sequence[str], *, write_out: bool) -> None:
                     os.fsync(fd)
             finally:
                 os.close(fd)
-
-
-def data_ranges(fd: int, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """(begin, end) of what is not a hole in [start, end), small holes included."""
-    begin = -1
-    last = start
-    while last < end:
-        try:
-            data = os.lseek(fd, last, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break
-            data = last  # a file system that knows no holes
-            hole = end
-        else:
-            if data >= end:
-                break
-            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-        if begin >= 0 and data - last > SMALL_HOLE:
-            yield begin, last
-            begin = -1
-        if begin < 0:
-            begin = data
-        last = hole
-    if begin >= 0:
-        yield begin, last
-
-
-class _Container:
-    """The file that contents are appended to."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._end = 0
-
-    def add(self, fd: int, size: int, name: str, *, holes: bool = True) -> tuple[Extent, ...]:
-        """Copy the first `size` bytes of an open file. holes: look for them, which moves the file's position."""
-        unit = LARGE if size >= LARGE else PAGE
-        extents = []
-        for begin, end in data_ranges(fd, size) if holes else [(0, size)] if size else []:
-            place = self._end + (begin - self._end) % unit
-            _copy(fd, begin, self._fd, place, end - begin, name)
-            extents.append(Extent(begin, end - begin, place))
-            self._end = place + end - begin
-        return tuple(extents)
-
-
-def _copy(source: int, offset: int, target: int, place: int, count: int, name: str) -> None:
-    # In the kernel where it can: without a copy at all where both are on one file system that shares blocks.
-    inside = True
-    while count:
-        if inside:
-            try:
-                done = os.copy_file_range(source, target, min(count, 1 << 30), offset, place)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                    raise
-                inside = False
-                continue
-        else:
-            data = os.pread(source, min(count, CHUNK), offset)
-            done = os.pwrite(target, data, place) if data else 0
-        if not done:
-            if inside:
-                inside = False
-                continue
-            raise HpccrError(f"{name} became shorter while it was saved", hint="does anybody outside the job write it?")
-        offset, place, count = offset + done, place + done, count - done
 
 
 def _open_wanted(file: Wanted) -> tuple[int, os.stat_result]:
@@ -272,14 +219,16 @@ def _room(status: os.stat_result) -> int:
 
 
 class _Saving:
-    def __init__(self, request: Request, data_fd: int) -> None:
+    def __init__(self, request: Request, list_fd: int, data_fd: int) -> None:
         self._request = request
-        self._container = _Container(data_fd)
+        self._list = list_fd
+        self._container = Container(data_fd)
+        self._ahead = ahead.Ahead(list_fd, self._container)
         self._found: dict[str, SavedFile] = {}
         self._inodes: dict[tuple[int, int], str] = {}
         """The first name of each file that has several."""
 
-    def run(self, list_fd: int) -> int:
+    def run(self) -> int:
         request = self._request
         for file in request.files:
             self._save_wanted(file)
@@ -291,6 +240,7 @@ class _Saving:
         for path, status in _trees(request):
             if path not in self._found:
                 self._save_entry(path, status)
+        self._ahead.discard()
         saved = SavedFiles(
             files=tuple(self._found.values()),
             trees=tuple(os.fsencode(tree) for tree in request.trees),
@@ -298,9 +248,7 @@ class _Saving:
             elsewhere=tuple(os.fsencode(path) for path in request.elsewhere),
             links=links,
         )
-        view = memoryview(msgspec.msgpack.encode(saved))
-        while view:
-            view = view[os.write(list_fd, view) :]
+        write_list(self._list, msgspec.msgpack.encode(saved))
         return len(saved.files)
 
     def _link(self, remap: str) -> Link:
@@ -347,12 +295,16 @@ class _Saving:
         if stat.S_ISREG(status.st_mode):
             self._save_entry(path, status)
 
-    def _save_content(self, path: str, fd: int, status: os.stat_result) -> None:
+    def _save_content(
+        self, path: str, fd: int, status: os.stat_result, extents: tuple[Extent, ...] | None = None
+    ) -> None:
         same = self._inodes.get((status.st_dev, status.st_ino))
         if same is not None:
             self._found[path] = _entry(path, status, fd=fd, same=os.fsencode(same))
             return
-        self._found[path] = _entry(path, status, extents=self._container.add(fd, status.st_size, path), fd=fd)
+        if extents is None:
+            extents = self._container.add(fd, status.st_size, path)
+        self._found[path] = _entry(path, status, extents=extents, fd=fd)
         self._remember(path, status)
 
     def _remember(self, path: str, status: os.stat_result) -> None:
@@ -371,7 +323,9 @@ class _Saving:
                     f"{path} cannot be saved: {error.strerror}", hint="take it out of the directories of --files"
                 ) from None
             try:
-                self._save_content(path, fd, os.fstat(fd))
+                # Opened first: on a network file system that makes what is known of the file new.
+                now = os.fstat(fd)
+                self._save_content(path, fd, now, self._ahead.take(path, now))
             finally:
                 os.close(fd)
         elif kind == stat.S_IFLNK:

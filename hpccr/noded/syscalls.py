@@ -28,6 +28,9 @@ PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+
 _CAPABILITY_VERSION_3 = 0x20080522
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "ppc64le": 271, "s390x": 280}
@@ -96,6 +99,20 @@ def disconnect(fd: int) -> None:
     """Take a datagram socket's peer away (connect(2) with AF_UNSPEC)."""
     unspecified = struct.pack("H14x", 0)
     _check(_libc.connect(fd, unspecified, len(unspecified)), "connect", "AF_UNSPEC")
+
+
+def file_system(fd: int) -> int:
+    """Type of the file system of an open file (fstatfs(2), f_type; constants: linux/magic.h)."""
+    found = ctypes.create_string_buffer(256)
+    _check(_libc.fstatfs64(fd, found), "fstatfs", fd)
+    (kind,) = struct.unpack_from("l", found)
+    return int(kind) & 0xFFFFFFFF
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give back the room of a part of a file, which reads as zeros then (fallocate(2))."""
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    _check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)), "fallocate", fd)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

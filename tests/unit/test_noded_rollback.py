@@ -7,6 +7,7 @@ import random
 import sqlite3
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from hpccr.errors import CorruptError, HpccrError, UnsupportedError
 from hpccr.model import SavedFiles
-from hpccr.noded import rollback, snapshot
+from hpccr.noded import ahead, rollback, snapshot
 
 LIMIT = 1 << 30
 
@@ -451,3 +452,86 @@ def without_links(found: dict[str, object], tree: bool) -> dict[str, object]:
     if tree:
         return found
     return {name: what[1][0] if what[1] else None for name, what in found.items()}  # type: ignore[index]
+
+
+# --- copied ahead -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's /tmp may be in memory; nothing here is mapped."""
+    monkeypatch.setattr(ahead, "_IN_MEMORY", frozenset())
+    monkeypatch.setattr(ahead, "SETTLED", 0.02)
+
+
+def settle(top: Path) -> None:
+    """Until nothing in there counts as just changed."""
+    newest = max(path.lstat().st_ctime for path in top.rglob("*"))
+    while time.time() - newest < 0.03:
+        time.sleep(0.005)
+
+
+@pytest.mark.usefixtures("on_disk")
+def test_what_rests_is_copied_ahead_and_nothing_else_counts(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("rests", "rewritten", "grown", "removed", "moved", "recreated", "mode"):
+        (tree / name).write_bytes(f"{name} before ".encode() * 9000)
+    (tree / "linked").hardlink_to(tree / "rests")
+    settle(tree)
+    (tree / "fresh").write_text("fresh")
+    request = snapshot.Request((), [str(tree)], [], LIMIT)
+    files, data = (os.memfd_create(name) for name in ("list", "data"))
+    assert snapshot.copy_ahead(request, files, data, first=True) == 7
+    for name in ("rewritten", "recreated"):
+        times = (tree / name).stat()
+        if name == "recreated":
+            (tree / name).unlink()
+        (tree / name).write_bytes(f"{name} behind ".encode() * 9000)
+        os.utime(tree / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with (tree / "grown").open("ab") as file:
+        file.write(b"more")
+    (tree / "removed").unlink()
+    (tree / "moved").rename(tree / "there")
+    (tree / "mode").chmod(0o640)
+    used = os.fstat(data).st_blocks
+    snapshot.save(request, files, data)
+    before = contents(tree)
+    # What did not count has given its room back.
+    assert os.fstat(data).st_blocks < 1.3 * used
+    for path in tree.iterdir():
+        path.unlink()
+    rollback.roll_back(files, data)
+    assert contents(tree) == before
+
+
+@pytest.mark.usefixtures("on_disk")
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(OPERATIONS), st.sampled_from("abc")), max_size=12),
+    st.lists(st.tuples(st.sampled_from(OPERATIONS), st.sampled_from("abcd")), max_size=6),
+    st.integers(0, 1 << 32),
+)
+def test_whatever_happens_after_the_copy_counts(
+    first: list[tuple[str, str]], meanwhile: list[tuple[str, str]], seed: int
+) -> None:
+    dice = random.Random(seed)
+    with tempfile.TemporaryDirectory() as directory:
+        top = Path(directory) / "tree"
+        top.mkdir()
+        for operation, name in first:
+            operate(top, operation, name, dice)
+        settle(top.parent)
+        request = snapshot.Request((), [str(top)], [], LIMIT)
+        files, data = (os.memfd_create(name) for name in ("list", "data"))
+        snapshot.copy_ahead(request, files, data, first=True)
+        for operation, name in meanwhile:
+            operate(top, operation, name, dice)
+        before = contents(top)
+        snapshot.save(request, files, data)
+        for path in top.iterdir():
+            path.unlink()
+        rollback.roll_back(files, data)
+        assert contents(top) == before
+        os.close(files)
+        os.close(data)
