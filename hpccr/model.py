@@ -158,7 +158,7 @@ class CapsuleImage(msgspec.Struct, frozen=True):
     stdio: Stdio
     private: tuple[PrivateTree, ...] = ()
     files: int = 0
-    """Names in FILES_LIST: what a restore puts back outside the private directories."""
+    """Names and links in FILES_LIST: what a restore puts back outside the private directories."""
     criu_version: int = 0
     """As CRIU reports it over RPC: major * 10000 + minor * 100 + sublevel."""
     kernel: str = ""
@@ -250,6 +250,8 @@ class StepRecord(msgspec.Struct, frozen=True):
     updated: float = 0.0
     due: float | None = None
     """When the next checkpoint by the clock begins, while there is one."""
+    trees: tuple[str, ...] = ()
+    """FileRules.trees, for `hpccr restore`."""
 
 
 class EndpointRecord(msgspec.Struct, frozen=True):

@@ -8,6 +8,8 @@ import logging
 import os
 from typing import Any
 
+from msgspec import structs
+
 from hpccr.cli.run import start
 from hpccr.config import Config
 from hpccr.coordinator.candidates import Candidates
@@ -45,6 +47,9 @@ def run(args: argparse.Namespace, config: Config) -> int:
         )
     if args.sequence is None and asyncio.run(Candidates(step, log.info).newest()) is None:
         raise NoCheckpointError(f"step {step.key} has no complete checkpoint", hint="`hpccr list` shows what there is")
+    if record.trees:
+        # Not config's: what belongs to the job's state was said when it was started.
+        config = structs.replace(config, files=structs.replace(config.files, trees=record.trees))
     return start(
         config,
         step,

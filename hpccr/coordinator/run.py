@@ -186,6 +186,7 @@ class Coordinator:
                 exit_code=exit_code,
                 updated=now,
                 due=self._due if state == "running" else None,
+                trees=self._config.files.trees,
             ),
         )
 

@@ -98,7 +98,7 @@ class Saving:
                 break
             if not scan.below(file.path, self._trees):
                 self._identities[file.path] = file.identity
-        return tuple(self._identities.values())
+        return (*self._identities.values(), *map(_nameless_identity, self._nameless))
 
     def _look(self, tree: scan.Tree) -> None:
         self._files = scan.open_files(tree, self._capsule.places)
@@ -208,7 +208,16 @@ class Saving:
             limit=self._limit,
             elsewhere=sorted(others),
             remote=network_devices(),
-            nameless=[snapshot.Nameless(f.path, f.status.st_dev, f.status.st_ino, f.holder) for f in self._nameless],
+            nameless=[
+                snapshot.Nameless(
+                    path=file.path,
+                    device=file.status.st_dev,
+                    inode=file.status.st_ino,
+                    holder=file.holder,
+                    elsewhere=_nameless_identity(file) in elsewhere or scan.below(file.path, gone),
+                )
+                for file in self._nameless
+            ],
         )
 
     def _remote(self) -> list[str]:
@@ -218,6 +227,10 @@ class Saving:
     def _open(self, name: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, 0o600, dir_fd=self._directory)
+
+
+def _nameless_identity(file: scan.NamelessFile) -> bytes:
+    return scan.identity(file.path + scan.DELETED, file.status)
 
 
 def _tree_identity(tree: str) -> bytes:

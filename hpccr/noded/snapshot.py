@@ -53,12 +53,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Nameless:
-    """A file that some task has by a name that was removed, while the file has others. path: the removed name."""
+    """A file that some task has by a name that was removed, while the file has others. path: the removed name;
+    elsewhere: another capsule saves it."""
 
     path: str
     device: int
     inode: int
     holder: str
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def copy_ahead(request: Request, list_fd: int, data_fd: int, *, first: bool) -> 
 
 
 def save(request: Request, list_fd: int, data_fd: int) -> int:
-    """Save everything; how many names there are. list_fd, data_fd: as copy_ahead() left them, or empty. Raises
+    """Save everything; how many names and links there are. list_fd, data_fd: as copy_ahead() left them, or empty. Raises
     UnsupportedError naming what cannot be saved, OSError."""
     return _Saving(request, list_fd, data_fd).run()
 
@@ -234,7 +236,9 @@ class _Saving:
             self._save_wanted(file)
         for nameless in request.nameless:
             for path in other_names(nameless):
-                if path not in self._found:
+                if nameless.elsewhere:
+                    self._inodes.setdefault((nameless.device, nameless.inode), path)
+                elif path not in self._found:
                     self._save_wanted(Wanted(path, nameless.device, nameless.inode, append=False))
         links = tuple(self._link(remap) for remap in request.remaps)
         for path, status in _trees(request):
@@ -249,7 +253,7 @@ class _Saving:
             links=links,
         )
         write_list(self._list, msgspec.msgpack.encode(saved))
-        return len(saved.files)
+        return len(saved.files) + len(saved.links)
 
     def _link(self, remap: str) -> Link:
         status = os.stat(remap, follow_symlinks=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs import Job, Jobs
 from nodes import Cluster
-from waiting import rounds, wait_for
+from waiting import rounds, soak, wait_for
 from workloads import OPEN_MPI, SOURCES, Workloads
 
 TREE = "mkdir tree"
@@ -77,5 +77,54 @@ def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, wor
     assert f"database {steps} ok" in job.said()
     for name in ("files", "tree"):
         found, expected = contents(job.directory / name), contents(twin.directory / name)
+        assert found.keys() == expected.keys()
+        assert [path for path in found if found[path] != expected[path]] == []
+
+
+# --- any history ------------------------------------------------------------------------------------------------------
+
+
+def history(steps: int, seed: int, *options: str) -> str:
+    program = f"python3 {SOURCES}/history.py --seed {seed} --steps {steps} --gate gate {' '.join(options)} files"
+    return f"mpirun.mpich -n 2 -ppn 1 {program}"
+
+
+def logged(job: Job) -> int:
+    """Steps of the slower of its two processes."""
+    logs = [job.directory / "files" / f"rank-{rank}" / "log" for rank in range(2)]
+    return min(log.read_bytes().count(b"\n") if log.exists() else 0 for log in logs)
+
+
+def go_on(job: Job, steps: int, last: int) -> None:
+    step = min(logged(job) + steps, last - 40)
+    wait_for(f"step {step} of job {job.id}", lambda: logged(job) >= step, within=90)
+
+
+def test_any_history_of_files(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """Random operations on open files, and in a directory of --files on closed ones too. HPCCR_SEED gives them."""
+    seed = workloads.seed
+    dice = random.Random(seed)
+    steps = rounds(1500, 8000)
+    pairs: list[tuple[Job, Job]] = []
+    for options in ((), ("--closed",)):
+        before = "test -d files || mkdir files"
+        command = history(steps, seed, *options)
+        trees = "--files=files " if options else ""
+        twin = jobs.submit(command, before=f"{before}; touch gate", tasks=2, plain=True)
+        pairs.append((twin, jobs.submit(f"{trees}{command}", before=before, tasks=2)))
+    for _ in range(rounds(2, 10)):
+        for _, job in pairs:
+            go_on(job, dice.randrange(1, 150), steps)
+            job.checkpoint()
+        for _, job in pairs:
+            go_on(job, dice.randrange(1, 100), steps)
+            lose_a_part(job, cluster)
+    for twin, job in pairs:
+        job.requeue(dice.choice(["hpccr", "scontrol"]) if soak() else "hpccr")
+        job.open_gate()
+        job.wait_success()
+        twin.wait_success()
+        assert job.said() == twin.said() == "done\ndone\n"
+        found, expected = contents(job.directory / "files"), contents(twin.directory / "files")
         assert found.keys() == expected.keys()
         assert [path for path in found if found[path] != expected[path]] == []
