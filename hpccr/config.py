@@ -67,6 +67,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CapsuleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     private: tuple[str, ...] = ("/tmp",)  # noqa: S108 - the job's own tmpfs, not ours
     """Directories that are each capsule's own, beside /dev/shm; saved with the checkpoint."""
+    private_limit: Annotated[int, msgspec.Meta(ge=0)] = 16 << 30
+    """Bytes that one of them may hold at a checkpoint; with more it is refused."""
     first_pid: Annotated[int, msgspec.Meta(ge=2, le=32000)] = 300
     """Pids below stay free for the tools that work inside a capsule."""
 

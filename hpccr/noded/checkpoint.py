@@ -16,11 +16,10 @@ import msgspec
 
 from hpccr.errors import HpccrError, LockedError
 from hpccr.model import CapsuleImage
-from hpccr.noded import capsule, jobfiles, outside, scan, services, syscalls
+from hpccr.noded import capsule, jobfiles, outside, private, scan, services, syscalls
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
-from hpccr.noded.private import Saving
 from hpccr.wire.messages import Frozen, Prepared, Released, Surveyed
 
 ABORT_SECONDS = 600.0
@@ -42,7 +41,7 @@ class Checkpoint:
         self._request = request
         self._directory = directory
         self._criu = home.criu(directory)
-        self._saving = Saving(home.reaper, home.places, directory)
+        self._saving = private.Saving(home.reaper, home.places, directory)
         self._criu_version = 0
         self._stopped_at = 0.0
         self._files = jobfiles.Saving(home, request.files, directory)
@@ -57,6 +56,7 @@ class Checkpoint:
         scan.check_namespaces(tree)
         scan.check_open(tree, self._capsule.places)
         scan.check_whole(tree, self._capsule.identity.uid)
+        private.check_sizes(self._capsule.places, self._request.private_limit)
         services.check(tree)
         if self._request.outside == "refuse":
             outside.refuse(tree, self._capsule.inside)
@@ -102,7 +102,7 @@ class Checkpoint:
     async def dump(self, elsewhere: tuple[bytes, ...]) -> InitDumped:
         """Write everything into the spool directory: CRIU's images, private directories, the job's files."""
         self._files.start(frozenset(elsewhere))
-        self._saving = Saving(self._capsule.reaper, self._capsule.places, self._directory)
+        self._saving = private.Saving(self._capsule.reaper, self._capsule.places, self._directory)
         self._saving.start()
         self._criu.answer(True)
         image = CapsuleImage(

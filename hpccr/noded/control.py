@@ -152,6 +152,8 @@ class InitPrepare(Message, frozen=True):
     room: int
     """Bytes the spool can take."""
     files: FileRules = FileRules()
+    private_limit: int = 16 << 30
+    """Bytes that a private directory may hold."""
 
 
 class InitDumped(Message, frozen=True):

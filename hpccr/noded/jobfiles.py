@@ -66,7 +66,7 @@ class Saving:
         # One capsule saves what is on shared storage (survey): of a tree it is the first that has it.
         network = self._capsule.network
         first = network is None or network.own == 0
-        fds = [self._open(FILES_LIST), self._open(FILES_DATA)]
+        fds = self._open(os.O_TRUNC)
         try:
             await self._work(lambda: snapshot.copy_ahead(request, *fds, first=first), keep=fds)
         finally:
@@ -118,7 +118,7 @@ class Saving:
         request = replace(self._request(self._elsewhere), remaps=remaps)
         if not any((request.files, request.trees, request.elsewhere, request.nameless)):
             return
-        fds = [self._open(FILES_LIST), self._open(FILES_DATA)]
+        fds = self._open(0 if self._trees else os.O_TRUNC)
         leased = self._descriptors()
         request = replace(request, files=[replace(file, fd=leased.get(file.path, -1)) for file in request.files])
         try:
@@ -224,9 +224,10 @@ class Saving:
         devices = network_devices()
         return [file.path for file in self._files if file.status.st_dev in devices and file.leased is None]
 
-    def _open(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, 0o600, dir_fd=self._directory)
+    def _open(self, truncate: int) -> list[int]:
+        """The two files for what is saved; truncate: os.O_TRUNC or 0."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | truncate
+        return [os.open(name, flags, 0o600, dir_fd=self._directory) for name in (FILES_LIST, FILES_DATA)]
 
 
 def _nameless_identity(file: scan.NamelessFile) -> bytes:
@@ -271,10 +272,7 @@ async def unlink(home: Capsule, directory: int) -> None:
 
 
 async def _with_list(home: Capsule, directory: int, work: Callable[[int], None]) -> None:
-    try:
-        fd = os.open(FILES_LIST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        return  # it had no files to save
+    fd = os.open(FILES_LIST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         await child.work(home.reaper, lambda: work(fd), identity=home.identity, keep=[fd])
     finally:

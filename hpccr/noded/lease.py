@@ -322,6 +322,7 @@ class Lease:
                     outside=config.outside,
                     room=await asyncio.to_thread(self._node.room, self.name),
                     files=request.files,
+                    private_limit=self._node.config.capsule.private_limit,
                 ),
                 m.Prepared,
                 # Trees are copied as far as they can be, which takes the time that a dump may take.

@@ -24,6 +24,18 @@ _REMAP_PREFIX = "link_remap."
 MAX_SOCKETS = 512
 
 
+def check_sizes(places: Sequence[str], limit: int) -> None:
+    """Raises UnsupportedError naming a place that holds more than `limit` bytes."""
+    for place in places:
+        system = os.statvfs(place)
+        used = (system.f_blocks - system.f_bfree) * system.f_frsize
+        if used > limit:
+            raise UnsupportedError(
+                f"the private directory {place} holds {used} bytes, and up to {limit} are saved with a checkpoint",
+                hint="let the program keep large scratch files on shared storage, or have capsule.private_limit raised",
+            )
+
+
 class Saving:
     """Archives of the places that are not empty, being written by tar processes beside CRIU."""
 

@@ -50,7 +50,8 @@ class Restoration:
         await self._capsule.criu(self._directory).probe()
         self._capsule.hold.on()
         set_last_pid(_LOW_PIDS)
-        await jobfiles.link(self._capsule, self._directory)
+        if image.files:
+            await jobfiles.link(self._capsule, self._directory)
         self._times = await private.restore(self._capsule.reaper, image.private, self._directory)
         self._criu.restore(
             # As CRIU's sibling the root is init's child from the start, but CRIU traces it, and nobody else can.
@@ -129,7 +130,8 @@ class Restoration:
         await self._criu.give_up()
         await wait_ended(ended)
         await wait_ended(kill(task.pid for task in self._tree().tasks))
-        await jobfiles.unlink(self._capsule, self._directory)
+        if self._request.image.files:
+            await jobfiles.unlink(self._capsule, self._directory)
 
 
 def check_images(capsule: Capsule, directory: int, root: int) -> bool:

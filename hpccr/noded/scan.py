@@ -276,11 +276,11 @@ _PER_TASK = 128
 
 
 def _memory(pid: int) -> int:
-    """Kilobytes of anonymous and shared memory, shared pages counted by their share."""
+    """Kilobytes of anonymous and shared memory, shared pages counted by their share, but huge ones in full."""
     total = 0
     for line in _lines(f"/proc/{pid}/smaps_rollup"):
         key, _, rest = line.partition(":")
-        if key in ("Pss_Anon", "Pss_Shmem", "SwapPss"):
+        if key in ("Pss_Anon", "Pss_Shmem", "SwapPss", "Private_Hugetlb", "Shared_Hugetlb"):
             total += int(rest.split()[0])
     return total
 

@@ -1,6 +1,6 @@
 """Measurements on the test cluster, as ratios within one run: absolute times of a small virtual machine say nothing.
 
-    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [safepoint] [--repetitions N]
+    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [safepoint] [trees] [--repetitions N]
 
 The cluster that HPCCR_TESTBED names must be up (`make bench` does that).
 """
@@ -20,6 +20,7 @@ import inside
 import restore
 import safepoint
 import slowdown
+import trees
 from nodes import Cluster
 
 BENCHES = {
@@ -30,6 +31,7 @@ BENCHES = {
     "restore": restore.measure,
     "slowdown": slowdown.measure,
     "safepoint": safepoint.measure,
+    "trees": trees.measure,
 }
 
 

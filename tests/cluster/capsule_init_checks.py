@@ -209,10 +209,21 @@ class Capsule:
         os.write(self.stdin, data)
 
     def prepare(
-        self, spool: int, *, outside: str = "allow", room: int = 1 << 40, files: FileRules | None = None
+        self,
+        spool: int,
+        *,
+        outside: str = "allow",
+        room: int = 1 << 40,
+        files: FileRules | None = None,
+        private_limit: int = 1 << 30,
     ) -> InitReply | None:
         request = InitPrepare(
-            freeze_timeout=10.0, ghost_limit=1 << 30, outside=outside, room=room, files=files or FileRules()
+            freeze_timeout=10.0,
+            ghost_limit=1 << 30,
+            outside=outside,
+            room=room,
+            files=files or FileRules(),
+            private_limit=private_limit,
         )
         return self.ask(request, [spool])
 
@@ -643,6 +654,8 @@ def too_little_room_is_refused(home: Path) -> None:
         """)
         one.read_until(b"ready\n")
         expect_failed(one.prepare(directory, room=64 << 20), "node.spool", "spool_reserve", str(64 << 20))
+        limited = one.prepare(directory, private_limit=8 << 20)
+        expect_failed(limited, "directory /tmp holds", str(8 << 20), "capsule.private_limit", code=13)
         prepared = one.prepare(directory)
         assert isinstance(prepared, Prepared) and 80 << 20 < prepared.estimate < 160 << 20, prepared
 
@@ -1437,7 +1450,24 @@ def io_uring_is_refused(home: Path) -> None:
 
 @case
 def userfaultfd_is_refused(home: Path) -> None:
-    refused("import ctypes; assert ctypes.CDLL(None).syscall(323, 1) >= 0", "python3", "userfaultfd")
+    refused("import ctypes; assert ctypes.CDLL(None).syscall(323, 1) >= 0", "python3", "userfaultfd", "postcopy")
+
+
+@case
+def perf_events_are_refused(home: Path) -> None:
+    """One that the kernel counts by itself: it needs nothing of the processor."""
+    refused(
+        """
+        import ctypes, struct
+        attributes = bytearray(128)
+        struct.pack_into("IIQ", attributes, 0, 1, 128, 0)  # PERF_TYPE_SOFTWARE, PERF_COUNT_SW_CPU_CLOCK
+        struct.pack_into("Q", attributes, 40, 1 << 5 | 1 << 6)  # exclude_kernel, exclude_hv
+        assert ctypes.CDLL(None).syscall(298, bytes(attributes), 0, -1, -1, 0) >= 0
+        """,
+        "python3",
+        "perf event counter",
+        "PAPI",
+    )
 
 
 @case

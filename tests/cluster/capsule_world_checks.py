@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
+import os
+import shutil
 import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hpccr.model import FILES_DATA, FileRules
+from hpccr.noded import ahead
 from hpccr.noded.control import InitDumped
-from hpccr.wire.messages import Abort, Aborted, Restored, Started
+from hpccr.wire.messages import (
+    Abort,
+    Aborted,
+    Dump,
+    Freeze,
+    Frozen,
+    Prepared,
+    Release,
+    Released,
+    Restored,
+    RolledBack,
+    Started,
+)
 from msgspec import structs
 
 import capsule_init_checks
@@ -214,6 +234,121 @@ def files_with_removed_names_come_back(home: Path) -> None:
             assert isinstance(four.restore(first, dumped), Restored)
             assert isinstance(four.ask(Abort(reason="another node failed")), Aborted)
         assert not [path for path in home.iterdir() if "link" in path.name]
+
+
+@case
+def trees_are_copied_while_the_job_runs(home: Path) -> None:
+    """What rests is not copied again when everything stands still, and what changed since is: even what was written
+    through a page that was dirty already, by whoever has the file mapped."""
+    # Files in memory, and on an overlay, are not copied ahead.
+    place = Path(tempfile.mkdtemp(prefix="check-", dir="/shared"))
+    try:
+        tree = place / "tree"
+        tree.mkdir()
+        for name in ("rests", "changed", "mapped", "removed"):
+            (tree / name).write_bytes(os.urandom(LARGE))
+        (tree / "linked").hardlink_to(tree / "rests")
+        for path in (place, tree, *tree.iterdir()):
+            os.chown(path, USER, USER)
+        with (tree / "mapped").open("r+b") as file:
+            memory = mmap.mmap(file.fileno(), LARGE)
+        memory[:5] = b"first"
+        newest = max(path.stat().st_ctime for path in tree.iterdir())
+        while time.time() < newest + 1.1 * ahead.SETTLED:
+            time.sleep(0.05)
+        with spool() as directory:
+            with capsule() as one:
+                one.script(capsule_init_checks.COUNTER)
+                one.read_until(b"ready\n")
+                prepared = one.prepare(directory, files=FileRules(trees=(str(tree),)))
+                assert isinstance(prepared, Prepared), prepared
+                copied = used(directory)
+                assert 4 * LARGE <= copied < 5 * LARGE, copied
+                memory[:5] = b"later"
+                memory.close()
+                times = (tree / "changed").stat()
+                with (tree / "changed").open("r+b") as file:
+                    file.write(b"changed")
+                os.utime(tree / "changed", ns=(times.st_atime_ns, times.st_mtime_ns))
+                (tree / "removed").unlink()
+                (tree / "new").write_bytes(b"new")
+                os.chown(tree / "new", USER, USER)
+                assert isinstance(one.ask(Freeze()), Frozen)
+                dumped = one.ask(Dump())
+                assert isinstance(dumped, InitDumped), dumped
+                assert isinstance(one.ask(Release(kill=False)), Released)
+                # Two were copied again, and the room of what they were before, and of the removed one, was given back.
+                assert 3 * LARGE <= used(directory) < 4 * LARGE, used(directory)
+            expected = {path.name: path.read_bytes() for path in tree.iterdir()}
+            assert expected["mapped"][:5] == b"later" and expected["changed"][:7] == b"changed"
+            for path in tree.iterdir():
+                path.unlink()
+            with capsule() as two:
+                rolled = two.roll_back(directory, dumped)
+                assert isinstance(rolled, RolledBack), rolled
+            assert {path.name: path.read_bytes() for path in tree.iterdir()} == expected
+            assert (tree / "linked").samefile(tree / "rests")
+    finally:
+        shutil.rmtree(place)
+
+
+LARGE = 8 << 20
+
+
+def used(spool: int) -> int:
+    """Bytes of storage that the contents of files take."""
+    return os.stat(FILES_DATA, dir_fd=spool).st_blocks * 512
+
+
+HUGE = """
+    import mmap, os, sys
+    huge = mmap.MAP_ANONYMOUS | 0x40000
+    size = int(sys.argv[1])
+    private, shared = mmap.mmap(-1, size, huge | mmap.MAP_PRIVATE), mmap.mmap(-1, size, huge | mmap.MAP_SHARED)
+    fd = os.memfd_create("huge", os.MFD_HUGETLB)
+    os.ftruncate(fd, size)
+    named = mmap.mmap(fd, size)
+    for number, memory in enumerate((private, shared, named)):
+        memory[:] = bytes([65 + number]) * size
+    print("ready", flush=True)
+    for line in sys.stdin:
+        pages = [text.split()[1] for text in open("/proc/self/smaps") if text.startswith("KernelPageSize")]
+        found = [memory[:1] + memory[-1:] for memory in (private, shared, named)]
+        print(found, pages.count(str(size >> 10)), flush=True)
+"""
+
+
+@case
+def huge_pages_come_back(home: Path) -> None:
+    """Private, shared and of a memfd, as huge pages again."""
+    memory = Path("/proc/meminfo").read_text().splitlines()
+    (size,) = (int(line.split()[1]) << 10 for line in memory if line.startswith("Hugepagesize"))
+    with setting("/proc/sys/vm/nr_hugepages", lambda now: now + 8), spool() as directory:
+        with capsule() as one:
+            assert isinstance(one.launch([PYTHON, "-u", "-c", textwrap.dedent(HUGE), str(size)]), Started)
+            one.read_until(b"ready\n")
+            prepared = one.prepare(directory)
+            assert isinstance(prepared, Prepared) and prepared.estimate > 3 * size, prepared
+            assert isinstance(one.ask(Abort(reason="again")), Aborted)
+            dumped, _ = one.checkpoint(directory)
+        with capsule() as two:
+            two.restart(directory, dumped)
+            two.write(b"look\n")
+            line = two.read_until(b"\n")
+            assert line == b"[b'AA', b'BB', b'CC'] 3\n", line
+
+
+@contextlib.contextmanager
+def setting(path: str, change: Callable[[int], int]) -> Iterator[None]:
+    """A number of the kernel's is another one in this block."""
+    file = Path(path)
+    before = int(file.read_text())
+    file.write_text(str(change(before)))
+    assert int(file.read_text()) == change(before), f"{path}: {file.read_text()}"
+    try:
+        yield
+    finally:
+        file.write_text(str(before))
 
 
 def look(one: capsule_init_checks.Capsule) -> tuple[float, float]:

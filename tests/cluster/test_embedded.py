@@ -65,7 +65,8 @@ def machine(cluster: Cluster, untouched: None, request: pytest.FixtureRequest) -
         for process in made.started:
             process.kill()
             process.communicate()
-        shutil.rmtree(made.place / "store", ignore_errors=True)
+        for name in ("store", "tree"):
+            shutil.rmtree(made.place / name, ignore_errors=True)
         for path in made.place.glob("out*.txt"):
             path.unlink()
 
@@ -88,7 +89,8 @@ def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, lib
         mpirun = OPEN_MPI.format(each=2, ranks=2)
         command = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --rate 100 --steps {rounds(1500, 5000)}"
     out = machine.place / "out.txt"
-    first = machine.start(f"hpccr run {command} > /root/out.txt 2> /root/out-errors.txt")
+    (machine.place / "tree").mkdir()
+    first = machine.start(f"hpccr run --files=/root/tree {command} > /root/out.txt 2> /root/out-errors.txt")
     name = machine.job()
     wait_for("output", lambda: out.exists() and out.stat().st_size)
     machine.check("hpccr", "checkpoint", name)
@@ -98,6 +100,10 @@ def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, lib
     assert ended(first) == 0
     assert machine.shell(f"hpccr checkpoint {name}").returncode != 0
     second = machine.start(f"hpccr restore {name} >> /root/out.txt 2> /root/out-errors.txt")
+    assert machine.job() == name
+    machine.check("hpccr", "checkpoint", "--wait", name)
+    # What --files named is remembered.
+    assert json.loads(machine.check("hpccr", "inspect", name, "--json"))["trees"] == ["/root/tree"]
     assert ended(second) == 0, (machine.place / "out-errors.txt").read_text()
     twin = machine.shell(f"{command} > /root/out-twin.txt")
     assert twin.returncode == 0, twin.stderr

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from jobs import Job, Jobs
@@ -81,6 +84,67 @@ def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, wor
         assert [path for path in found if found[path] != expected[path]] == []
 
 
+# --- killed in a rollback ---------------------------------------------------------------------------------------------
+
+BLOCKS = 128
+REWRITER = f"""\
+import os, random, time, zlib
+
+dice = random.Random(1)
+with open("big", "w+b", buffering=0) as file:
+    for number in range({BLOCKS}):
+        file.write(number.to_bytes(8) * (1 << 17))
+    for step in range(1, 401):
+        while step == 380 and not os.path.exists("gate"):
+            time.sleep(0.05)
+        os.pwrite(file.fileno(), step.to_bytes(8), dice.randrange({BLOCKS} << 20))
+        print("step", step, flush=True)
+        time.sleep(0.01)
+print("done", flush=True)
+"""
+
+
+def rewritten() -> bytes:
+    """What the program above leaves."""
+    dice = random.Random(1)
+    content = bytearray(b"".join(number.to_bytes(8, "big") * (1 << 17) for number in range(BLOCKS)))
+    for step in range(1, 401):
+        place = dice.randrange(BLOCKS << 20)
+        content[place : place + 8] = step.to_bytes(8, "big")
+    return bytes(content)
+
+
+def test_killed_in_the_middle_of_a_rollback(jobs: Jobs, cluster: Cluster) -> None:
+    """The agent that it is done for, and the hpccrd that does it: it is done again, and the file is as it was."""
+    job = jobs.submit("python3 -u big.py", tasks=2, files={"big.py": REWRITER})
+    job.wait_output("step 20\n")
+    whole = job.checkpoint()["sequence"]
+    runs_on(job, 20, 400)
+    size = (job.directory / "big").stat().st_size
+    half = job.directory / ".big.hpccr-rollback"
+    node, other = job.slurm().nodes
+    cluster.check(other, "pkill", "-KILL", "-u", job.user, "-f", "hpccr agent --endpoint")
+    seen = 0
+    for pattern in (r"-m hpccr agent|/hpccr agent", r"python\S* /usr/local/bin/hpccrd"):
+
+        def begun() -> int:
+            with suppress(FileNotFoundError):
+                found = half.stat()
+                if found.st_size and found.st_ctime_ns != seen:  # noqa: B023 - it is called in this turn only
+                    return cluster.pids(node, pattern)[0]  # noqa: B023
+            return 0
+
+        os.kill(wait_for("a rollback", begun, every=0.002), signal.SIGKILL)
+        seen = half.stat().st_ctime_ns  # it was not done
+        assert not job.events("restored")
+    assert job.wait_event("restored")["sequence"] == whole
+    job.open_gate()
+    job.wait_success()
+    assert job.said() == "".join(f"step {step}\n" for step in range(1, 401)) + "done\n"
+    assert (job.directory / "big").stat().st_size == size and not half.exists()
+    assert (job.directory / "big").read_bytes() == rewritten()
+
+
 # --- any history ------------------------------------------------------------------------------------------------------
 
 
@@ -119,9 +183,11 @@ def test_any_history_of_files(jobs: Jobs, cluster: Cluster, workloads: Workloads
         for _, job in pairs:
             go_on(job, dice.randrange(1, 100), steps)
             lose_a_part(job, cluster)
-    for twin, job in pairs:
-        job.requeue(dice.choice(["hpccr", "scontrol"]) if soak() else "hpccr")
+    for number, (_, job) in enumerate(pairs):
+        if soak() or seed % len(pairs) == number:
+            job.requeue(dice.choice(["hpccr", "scontrol"]) if soak() else "hpccr")
         job.open_gate()
+    for twin, job in pairs:
         job.wait_success()
         twin.wait_success()
         assert job.said() == twin.said() == "done\ndone\n"
