@@ -52,7 +52,11 @@ def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], dire
         )
     if plan.options.chdir:
         os.chdir(plan.options.chdir)
-    text = plan.script(report=_report(reports), stdin=_file_behind(stdin) if only is None else "")
+    file = _file_behind(stdin) if only is None else ""
+    if file:
+        # Not for mpirun as well: Intel's proxy dies of SIGPIPE when it has input for a task that does not take it.
+        stdin = os.open("/dev/null", os.O_RDONLY)
+    text = plan.script(report=_report(reports), stdin=file)
     words = [] if plan.options.multi_prog else plan.options.command
     argv = [launcher, *_layout(kind, plan, directory), "/bin/sh", "-c", text, "srun", *words]
 

@@ -132,9 +132,10 @@ class Plan:
             run = f'{python} -I -S {quote(label)} {labelled} "$(printf %{self.width()}d: $r) " "$@"'
         if report:
             # Signals are sent to the whole group by mpirun; the shell outlives them, to tell how the program ended.
-            lines += ["k=", "trap k=1 TERM", "trap : HUP INT QUIT USR1 USR2 ALRM"]
-            # Not in a function or group: sh would make one more process of it.
-            lines += [f"/bin/sh -c 'export SLURM_TASK_PID=$$; exec \"$@\"' sh {run}", "c=$?"]
+            # Meanwhile it has no stderr, on which it would tell the user too.
+            lines += ["k=", "trap k=1 TERM", "trap : HUP INT QUIT USR1 USR2 ALRM", "exec 3>&2 2>/dev/null"]
+            lines += [f"/bin/sh -c 'export SLURM_TASK_PID=$$; exec \"$@\"' sh {run} 2>&3 3>&-"]
+            lines += ["c=$?", "exec 2>&3 3>&-"]
             lines += [f'[ $c = 0 ] || [ "$k" ] || {report}', "exit $c"]
         else:
             lines.append(f"exec {run}")
