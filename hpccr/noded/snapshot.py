@@ -130,8 +130,8 @@ def copy_ahead(request: Request, list_fd: int, data_fd: int, *, first: bool) -> 
 
 
 def save(request: Request, list_fd: int, data_fd: int) -> int:
-    """Save everything; how many names and links there are. list_fd, data_fd: as copy_ahead() left them, or empty. Raises
-    UnsupportedError naming what cannot be saved, OSError."""
+    """Save everything; how many names and links there are. list_fd, data_fd: as copy_ahead() left them, or empty.
+    Raises UnsupportedError naming what cannot be saved, OSError."""
     return _Saving(request, list_fd, data_fd).run()
 
 
