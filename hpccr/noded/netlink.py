@@ -70,6 +70,27 @@ def delete(socket: Any, device: str) -> None:
                 raise HpccrError(f"cannot remove the device {device}: {error}") from None
 
 
+def delete_beyond(socket: Any, device: str, other: str) -> None:
+    """Remove `other` from the namespace that the peer of the veth `device` is in, if both are there.
+
+    Also one that no process and no mount leads to any more: connections that have lost their processes keep a
+    namespace, and a VXLAN device in it its socket on the node, until the kernel gives up sending what they had to send
+    (minutes).
+    """
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for link in socket.get_links(ifname=device):
+        beyond = link.get_attr("IFLA_LINK_NETNSID")
+        if beyond is None or beyond < 0:
+            continue
+        try:
+            socket.link("del", ifname=other, if_netnsid=beyond)
+        except NetlinkError as error:
+            # Gone in the meantime: the device, the namespace.
+            if error.code not in (errno.ENODEV, errno.EINVAL):
+                raise HpccrError(f"cannot remove the device {other} beyond {device}: {error}") from None
+
+
 def find_underlay(socket: Any, wanted: str) -> Underlay:
     """This node's end of the underlay: `wanted` is an interface, an address or "" (see NetworkConfig.underlay)."""
     links = {link["index"]: link for link in socket.get_links()}

@@ -382,6 +382,7 @@ class Plumber:
         with netlink.connect() as socket:
             for name in dead:
                 if socket.link_lookup(ifname=node_device(name)):
+                    netlink.delete_beyond(socket, node_device(name), DEVICE)
                     netlink.delete(socket, node_device(name))
                     removed.append(node_device(name))
             # Listed after the tables: the device of a table that another hpccrd is making now is already there.

@@ -365,11 +365,29 @@ async def _checkpoint_until(made: Capsule, state: str) -> None:
             return
 
 
+SENDING = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+connection.settimeout(0.5)
+try:
+    while connection.send(bytes(1 << 20)):
+        pass
+except TimeoutError:
+    print("up", flush=True)
+sys.stdin.read()
+"""
+
+
 @case
-async def hold() -> None:
-    """Have a running capsule until hpccrd ends it; prints a line when it runs."""
+async def hold(address: str = "", port: str = "") -> None:
+    """Have a running capsule until hpccrd ends it; prints a line when it runs.
+
+    With an address its job has sent what the server there does not take: the kernel keeps such a connection, and its
+    namespace, when the job is gone.
+    """
     async with capsule() as made:
-        await running(made)
+        job = {"job": (sys.executable, "-c", SENDING, address, port)} if address else {}
+        await running(made, **job)
         print("holding", flush=True)
         assert await made.next(deadline=None) is None
 
@@ -389,6 +407,7 @@ def leftovers() -> list[str]:
 
     left = [line for line in lines("ip", "-br", "link") if line.startswith(("hp", "vxlan"))]
     left += [line for line in lines("nft", "list", "tables") if "hpccr" in line]
+    left += [line for line in lines("ss", "-Hlun") if ":8473 " in line]
     left += lines("lsns", "-n", "-t", "net", "-o", "PID,COMMAND")[1:]
     left += [line for line in lines("ps", "-eo", "args") if "hpccr.noded" in line or "capsule/launch" in line]
     left += os.listdir("/run/hpccr/capsules")

@@ -19,6 +19,8 @@ CHECKS = "/src/tests/cluster/hpccrd_checks.py"
 STORE = "/shared/home/user1/hpccrd-checks"
 SERVER = "import socket; s=socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); c,a=s.accept(); "
 SERVER += "c.sendall(b'hello'); print(a[0], flush=True)"
+DEAF = "import socket; s=socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); "
+DEAF += "taken=s.accept(); s.accept()"
 SLOW = 200
 """Seconds; these cases make a dozen capsules on a machine of two cores."""
 
@@ -185,11 +187,14 @@ def end_hpccrd(cluster: Cluster, node: str, *, kill: bool) -> None:
 @pytest.mark.parametrize("kill", [True, False])
 def test_hpccrd_ends(cluster: Cluster, node: str, kill: bool) -> None:
     """The capsules end with it, its successor removes what is left and works."""
-    with running(cluster, node, "holding", "hold") as held:
-        assert cluster.pids(node, r"noded\.init")
-        end_hpccrd(cluster, node, kill=kill)
-        assert held.wait(60) == 0
-    check(cluster, node, "clean", user="root")
+    server = cluster.popen(cluster.nodes[1], PYTHON, "-c", DEAF)
+    with ended(server):
+        port = server.stdout.readline().strip()
+        with running(cluster, node, "holding", "hold", cluster.nodes[1], port) as held:
+            assert cluster.pids(node, r"noded\.init")
+            end_hpccrd(cluster, node, kill=kill)
+            assert held.wait(60) == 0
+        check(cluster, node, "clean", user="root")
     check(cluster, node, "basic")
 
 
