@@ -25,8 +25,11 @@ from hpccr.wire.messages import Frozen, Prepared, Released, Surveyed
 ABORT_SECONDS = 600.0
 """How long CRIU may take to come to its next barrier after an abort; then it is killed and its damage repaired."""
 
-PASSING = re.compile(r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b")
-"""Errors of CRIU's sk-inet.c for TCP connections that are neither closed nor established: a matter of milliseconds."""
+PASSING = re.compile(
+    r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b|netlink: The socket has data to read"
+)
+"""Errors of CRIU's sk-inet.c for TCP connections that are neither closed nor established, and of its sk-netlink.c for a
+question to the kernel (mpirun's for the network interfaces) whose answer is not read yet: a matter of milliseconds."""
 
 _TCP_REPAIR = 19
 _TCP_REPAIR_OFF = 0
@@ -162,8 +165,8 @@ class Checkpoint:
             reason = self._criu.reason()
             if PASSING.search(reason):
                 raise LockedError(
-                    f"CRIU could not {what}: a connection was just being made ({reason})",
-                    hint="try again: this passes as soon as the connection is accepted",
+                    f"CRIU could not {what}: a connection was just being made, or the kernel asked ({reason})",
+                    hint="try again: this passes as soon as the connection is accepted or the answer read",
                 )
             raise HpccrError(
                 f"CRIU could not {what}: {reason}",

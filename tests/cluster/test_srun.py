@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 
 from jobs import Jobs
-from waiting import rounds, wait_for
+from waiting import rounds, soak, wait_for
 from workloads import ENOUGH, Workloads, check_counter, counter
 
-FARM = 18
-"""Steps of one CPU each; the job has 16."""
+FARM = 6
+"""Steps of four CPUs each; the job has 16."""
 
 STEPS = """\
 export OMPI_MCA_mpi_yield_when_idle=1
@@ -26,7 +26,7 @@ cat > counter <<'END'
 END
 srun --overlap --label --ntasks=4 --output=count.txt sh counter &
 for i in $(seq {farm}); do
-    srun --ntasks=1 --nodes=1 --exact sh farm $i &
+    srun --ntasks=1 --nodes=1 --cpus-per-task=4 sh farm $i &
 done
 wait
 srun --nodes=2 --ntasks=4 --output=after.%t sh -c 'echo after $SLURM_PROCID; exit $SLURM_PROCID'
@@ -105,7 +105,7 @@ def test_the_library_of_a_program_is_found(jobs: Jobs) -> None:
 
 
 def test_restored_in_the_middle(jobs: Jobs, workloads: Workloads) -> None:
-    """At once: a step under MPICH, one under Open MPI, one without MPI, and more steps of one CPU than CPUs."""
+    """At once: a step under MPICH, one under Open MPI, one without MPI, and more steps than there are CPUs for."""
     pairs, stencil = workloads.pairs(rounds(60, 2000)), workloads.stencil(rounds(300, 6000))
     body = STEPS.format(
         messages=f"srun --overlap -n4 -o messages.txt {pairs.partition(' -n 4 ')[2]}",
@@ -117,7 +117,7 @@ def test_restored_in_the_middle(jobs: Jobs, workloads: Workloads) -> None:
     files = [job.directory / name for name in ("messages.txt", "field.txt", "count.txt")]
     for file in files:
         wait_for(f"something in {file.name}", lambda file=file: file.exists() and file.stat().st_size)  # type: ignore[misc]
-    wait_for("a full job", lambda: job.said().count("farm ") == 16)
+    wait_for("a full job", lambda: job.said().count("farm ") == 4)
     job.requeue("scontrol")
     for name in ("gate", ENOUGH):
         jobs.cluster.write(job.directory / name, "", job.user)
@@ -133,3 +133,32 @@ def test_restored_in_the_middle(jobs: Jobs, workloads: Workloads) -> None:
     lines = files[2].read_text().splitlines()
     for rank in range(4):
         check_counter("\n".join(line[3:] for line in lines if line.startswith(f"{rank}: ")))
+
+
+COME_AND_GO = """\
+for i in $(seq {steps}); do
+    for HPCCR_MPI in none mpich openmpi; do
+        srun --label --ntasks=4 echo "step $i" >> $HPCCR_MPI.txt || echo "step $i with $HPCCR_MPI: exit code $?"
+    done
+done
+echo "all done"
+"""
+
+
+def test_checkpoints_while_steps_come_and_go(jobs: Jobs) -> None:
+    """Whatever a step is doing at the moment, starting, ending, or between two: it prints each line once."""
+    steps = rounds(4, 60)
+    body = f"export HPCCR_MPI\n{COME_AND_GO.format(steps=steps)}"
+    job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=2, tasks=4)
+    job.wait_event("started")
+    made = 0
+    while "all done" not in job.said():
+        done = job.hpccr("checkpoint", "--no-wait")
+        made += done.returncode == 0  # one that fails must do no harm either
+        if soak() and made % 10 == 9 and len((job.directory / "none.txt").read_text().splitlines()) < 2 * steps:
+            job.requeue("hpccr", avoid=False)
+    job.wait_success()
+    assert job.said() == "all done\n" and made > 2
+    expected = sorted(f"{rank}: step {number + 1}" for number in range(steps) for rank in range(4))
+    for launcher in ("none", "mpich", "openmpi"):
+        assert sorted((job.directory / f"{launcher}.txt").read_text().splitlines()) == expected

@@ -18,6 +18,7 @@ from hpccr.capsule.step.tasks import PASSED, ending, task_ids
 TYPE_CHECKING = False  # typing itself would take 1 MiB
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Iterable
 else:
     import _signal as signal
 
@@ -94,16 +95,22 @@ def _layout(kind: str, plan: Plan, directory: str) -> list[str]:
     # Steps side by side would all be bound to the same cores, as none knows of the others.
     if kind == library.OPEN_MPI:
         root = ["--allow-run-as-root"] if os.getuid() == 0 else []
-        by = "node" if plan.cyclic else "slot"
-        return [*root, "--host", ",".join(hosts), "--map-by", by, "--bind-to", "none", *tasks]
+        # A node for each task, one after the other: by slots PRRTE would begin with the node that it is on itself.
+        path = _write(directory, (f"{layout.NAME}{index}" for _, index in plan.order()))
+        return [*root, "--hostfile", path, "--map-by", "seq", "--bind-to", "none", *tasks]
     if not plan.cyclic or len(hosts) == 1:
-        path = os.path.join(directory, "hosts")
-        with open(path, "w", encoding="ascii") as file:
-            file.write("\n".join(hosts) + "\n")
+        path = _write(directory, hosts)
         return ["-machinefile" if kind == library.INTEL else "-f", path, *tasks]
     if max(plan.counts.values()) - min(plan.counts.values()) > 1:
         raise Usage("srun: MPICH cannot be told to go around nodes of different sizes", "use --distribution=block", 13)
     return ["-hosts", ",".join(f"{layout.NAME}{index}" for index in plan.counts), "-ppn", "1", *tasks]
+
+
+def _write(directory: str, hosts: Iterable[str]) -> str:
+    path = os.path.join(directory, "hosts")
+    with open(path, "w", encoding="ascii") as file:
+        file.writelines(f"{host}\n" for host in hosts)
+    return path
 
 
 def _report(path: str) -> str:

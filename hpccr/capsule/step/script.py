@@ -108,9 +108,8 @@ class Plan:
             lines.append(f"{layout.NAME}{index}) n={number} g={','.join(map(str, ranks))} ;;")
         lines += ["esac", "l=0 f= IFS=,"]
         lines += ["for t in $g; do [ $t = $r ] && f=1 && break; l=$((l+1)); done", "unset IFS"]
-        lines.append(
-            '[ "$f" ] || { echo "hpccr: error: srun: task $r was started on $h, not one of tasks $g" >&2; exit 1; }'
-        )
+        elsewhere = 'echo "hpccr: error: srun: task $r was started on $h, not one of tasks $g" >&2; c=1'
+        lines.append(f'[ "$f" ] || {{ {elsewhere}; {report or ":"}; exit 1; }}')
         lines += [f"export {name}={quote(value)}" for name, value in self.environment().items()]
         lines.append(
             "export SLURM_PROCID=$r SLURM_LOCALID=$l SLURM_NODEID=$n SLURM_GTIDS=$g SLURMD_NODENAME=$h "

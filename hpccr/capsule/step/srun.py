@@ -7,6 +7,7 @@ same small script (script.py), which gives it srun's environment.
 
 from __future__ import annotations
 
+import _socket
 import os
 import sys
 
@@ -21,7 +22,6 @@ from hpccr.capsule.step.tasks import Input, Run, Streams
 
 TYPE_CHECKING = False  # typing itself would take 1 MiB
 if TYPE_CHECKING:
-    import _socket
     from typing import NoReturn
 
 HOME = layout.NAME + "0"
@@ -39,7 +39,17 @@ class Place:
     """A step's place in the job; it is given back when the connection is closed, however this process ends."""
 
     def __init__(self, sock: _socket.socket, number: int, counts: dict[int, int]) -> None:
-        self.sock, self.number, self.counts = sock, number, counts
+        self._sock, self.number, self.counts = sock, number, counts
+
+    def give_back(self) -> None:
+        """Returns when that is done, so that the script's next step does not find the place taken."""
+        self._sock.settimeout(CONNECT_TIMEOUT)
+        try:
+            self._sock.shutdown(_socket.SHUT_WR)
+            while self._sock.recv(64):
+                pass
+        except OSError:
+            pass  # the launch root is gone, or will find out
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -81,9 +91,10 @@ def _srun(argv: list[str]) -> int:
     plan = script.Plan(options, place.number, place.counts, os.environ, here)
     environ = exported(options, link.original_environment(), os.environ.get("HPCCR_OWN", "").split())
     environ = {name: value for name, value in environ.items() if not script.is_left_over(os.fsdecode(name))}
-    if found is not None:
-        return run_mpi(found, plan, environ)
-    return _run_tasks(plan, environ, hosts, secret)
+    try:
+        return run_mpi(found, plan, environ) if found is not None else _run_tasks(plan, environ, hosts, secret)
+    finally:
+        place.give_back()
 
 
 def options_with_effect() -> list[str]:
