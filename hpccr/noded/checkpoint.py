@@ -26,7 +26,8 @@ ABORT_SECONDS = 600.0
 """How long CRIU may take to come to its next barrier after an abort; then it is killed and its damage repaired."""
 
 PASSING = re.compile(
-    r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b|netlink: The socket has data to read"
+    r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b"
+    r"|netlink: The socket has data to read"
 )
 """Errors of CRIU's sk-inet.c for TCP connections that are neither closed nor established, and of its sk-netlink.c for a
 question to the kernel (mpirun's for the network interfaces) whose answer is not read yet: a matter of milliseconds."""

@@ -441,6 +441,37 @@ def test_the_library_of_a_program() -> None:
     assert library.choose(["lmp"], tasks=2, mpi="none", environ=os.environ, directory="/") is None
 
 
+def test_libraries_of_libraries_by_all_search_paths(tmp_path: Path) -> None:
+    """The program has a RPATH, or RUNPATH, or the environment has the place; what uses MPI is a library of it."""
+
+    def link(name: str, *words: str) -> None:
+        (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+        command = ["gcc", "-Wl,--no-as-needed", "-o", name, "empty.c", *words]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=DEADLINE)
+
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+    link("two/libmpi.so.12", "-shared", "-Wl,-soname,libmpi.so.12")
+    link("one/libphysics.so", "-shared", "-Wl,-soname,libphysics.so", "two/libmpi.so.12")
+    physics = ["one/libphysics.so", "-Wl,--allow-shlib-undefined"]
+    old, new = "-Wl,--disable-new-dtags", "-Wl,--enable-new-dtags"
+    rpath = "-Wl,-rpath,$ORIGIN/one:$ORIGIN/two"
+    link("by-rpath", *physics, old, rpath)
+    link("by-runpath", *physics, new, rpath)
+    here = str(tmp_path)
+    assert find("./by-rpath", directory=here) == "mpich"
+    assert find("./by-runpath", directory=here) == "mpich"  # needed by name, wherever the library is
+    link("by-environment", *physics)
+    assert find("./by-environment", directory=here, LD_LIBRARY_PATH="") == ""
+    assert find("./by-environment", directory=here, LD_LIBRARY_PATH=f"/none:{here}/one") == "mpich"
+    with (tmp_path / "two" / "libmpi.so.12").open("ab") as file:
+        file.write(b"Intel(R) MPI Library 2021")
+    assert find("./by-rpath", directory=here) == "intel"
+    (tmp_path / "broken").write_bytes(b"\x7fELF\x02\x01" + bytes(range(256)))
+    (tmp_path / "broken").chmod(0o755)
+    assert find("./broken", directory=here) == ""
+
+
 def test_the_library_of_a_script(tmp_path: Path) -> None:
     (tmp_path / "wrap").write_text("#!/bin/bash\nexport X=1\nlmp -in in.lj\n")
     (tmp_path / "wrap").chmod(0o755)
