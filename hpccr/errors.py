@@ -50,6 +50,10 @@ class LockedError(HpccrError):
     code = ExitCode.LOCKED
 
 
+class SupersededError(LockedError):
+    """A later run of the job has taken the step over, and the job's output with it: nothing may be written there."""
+
+
 class CorruptError(HpccrError):
     """A checkpoint does not verify: a digest, a size or the seal is wrong."""
 

@@ -25,7 +25,7 @@ from hpccr.coordinator.schedule import parse_interval
 from hpccr.coordinator.script import keep_script
 from hpccr.coordinator.service import Command
 from hpccr.coordinator.site import Site, SlurmSite
-from hpccr.errors import UnsupportedError, UsageError
+from hpccr.errors import SupersededError, UnsupportedError, UsageError
 from hpccr.model import StepKey
 from hpccr.slurm.commands import CommandQuery
 from hpccr.slurm.env import Allocation
@@ -171,7 +171,12 @@ def start(
             run=allocation.restarts if allocation else 0,
         )
         command = _command(argv, config, allocation, told=resume)
-        return asyncio.run(coordinator.run(command, len(site.nodes)))
+        try:
+            return asyncio.run(coordinator.run(command, len(site.nodes)))
+        except SupersededError as error:
+            # Told in the log only: the job's output files have lines of the later run by now.
+            log.error("%s", error.message)
+            return int(error.code)
 
 
 def _node_socket(config: Config, stack: ExitStack, *, in_slurm: bool) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from hpccr.errors import LockedError
+from hpccr.errors import SupersededError
 from hpccr.store.layout import Step
 from hpccr.store.steps import last_run
 
@@ -27,20 +27,20 @@ class Succession:
         self._run = run
 
     def check(self) -> None:
-        """Raises LockedError if this run has been superseded."""
+        """Raises SupersededError if this run has been superseded."""
         try:
             last = last_run(self._step)
         except OSError as error:
             log.warning("cannot see who owns the step: %s", error)
             return
         if last > self._run:
-            raise LockedError(f"job {self._step.key.job} has been started again elsewhere: this run of it ends")
+            raise SupersededError(f"job {self._step.key.job} has been started again elsewhere: this run of it ends")
 
-    async def superseded(self) -> LockedError:
+    async def superseded(self) -> SupersededError:
         """Returns when it has."""
         while True:
             try:
                 await asyncio.to_thread(self.check)
-            except LockedError as error:
+            except SupersededError as error:
                 return error
             await asyncio.sleep(POLL)
