@@ -42,6 +42,8 @@ srun sh -c "$who" | sort
 srun -n5 --distribution=cyclic --label sh -c "$who" 2>/dev/null | sort
 srun -n3 -N2 -J other -o 'who.%2t.%n' sh -c "$who"; head who.*; rm who.*
 srun -n1 -N1 -r1 sh -c "$who"
+srun -N1 sh -c "$who" | sort
+srun -N1-2 -n2 -m block:cyclic sh -c "$who" | sort
 srun -n2 -N1 -c2 -l sh -c "$who; echo error >&2" 2>&1 | sort
 srun -n3 -D sub -e err.%t -o whole.txt sh -c 'pwd; echo error $SLURM_PROCID >&2'; cat whole.txt sub/err.*; rm sub/err.*
 srun -n4 -l --multi-prog programs | sort

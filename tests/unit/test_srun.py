@@ -339,6 +339,8 @@ def test_options_as_srun_reads_them() -> None:
         176400,
         None,
     ]
+    environ = {"SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "3"}
+    assert [Options(words, environ).ntasks for words in (["x"], ["-N1", "x"], ["-N1", "-n2", "x"])] == [6, None, 2]
     for words in (["-n0", "x"], ["-n", "two", "x"], ["--nt", "3", "x"], ["-N4-2", "x"], ["-n"], ["--label=yes", "x"]):
         with pytest.raises(Usage):
             Options(words, {})
@@ -362,6 +364,8 @@ def test_places() -> None:
     assert layout.place(demand(4), cpus, [1, 0, 0]) == {2: 4}
     assert layout.place(demand(5), cpus, idle) is None
     assert layout.place(demand(5, nodes_max=2), cpus, idle) == {0: 3, 1: 2}
+    assert layout.place(demand(2, nodes_max=3), cpus, idle) == {0: 1, 1: 1}
+    assert layout.place(demand(3, nodes_max=3), cpus, [4, 2, 0]) == {2: 3}
     assert layout.place(demand(1, mode=WHOLE), cpus, [1, 0, 0]) == {1: 1}
     assert layout.place(demand(1, mode=SHARED), cpus, cpus) == {0: 1}
     assert layout.place(demand(9, overcommit=True), cpus, idle) == {0: 9}

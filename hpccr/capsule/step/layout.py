@@ -75,7 +75,7 @@ def place(demand: Demand, cpus: Sequence[int], used: Sequence[int]) -> dict[int,
             fits = min(fits, demand.per_node)
         if fits > 0:
             room[index] = fits
-    for count in range(demand.nodes, min(demand.nodes_max, len(room)) + 1):
+    for count in range(min(demand.nodes_max, demand.tasks, len(room)), demand.nodes - 1, -1):
         first = list(room)[:count]
         roomy = sorted(room, key=lambda index: -room[index])[:count]
         for chosen in (first, roomy):

@@ -197,6 +197,8 @@ class Options:
         found = {
             name: environ[variable] for name, variables in INPUTS for variable in variables if environ.get(variable)
         }
+        if "nodes" in self.given and "ntasks-per-node" in self.given | set(found):
+            found.pop("ntasks", None)  # the job's, which is for all of its nodes
         found |= words.found
         get = found.get
 
@@ -207,7 +209,8 @@ class Options:
         self.nodes, self.nodes_max = _range(get("nodes"))
         self.relative = _number("relative", get("relative"), least=0)
         self.nodelist, self.exclude = get("nodelist", ""), get("exclude", "")
-        self.cyclic = _distribution(get("distribution", ""))
+        self.distribution = get("distribution", "")
+        self.cyclic = _distribution(self.distribution)
         self.overlap = _flag(get("overlap"))
         self.exact = _flag(get("exact")) or "cpus-per-task" in found or "exclusive" in words.found
         self.overcommit = _flag(get("overcommit"))

@@ -82,7 +82,7 @@ class Plan:
             "SLURM_STEP_NUM_NODES": str(len(self.counts)),
             "SLURM_STEP_NUM_TASKS": str(self.tasks),
             "SLURM_STEP_TASKS_PER_NODE": tasks,
-            "SLURM_DISTRIBUTION": "cyclic" if self.cyclic else "block",
+            "SLURM_DISTRIBUTION": self.options.distribution or ("cyclic" if self.cyclic else "block"),
             "SLURM_LAUNCH_NODE_IPADDR": self.address,
             "SLURM_SRUN_COMM_HOST": self.address,
             "SLURM_UMASK": f"{_umask():04o}",
