@@ -371,7 +371,7 @@ def build(control: Control) -> tuple[Build, tuple[int, ...]]:
     os.chdir("/")
     mounts.execute(mounts.plan(request))
     socket.sethostname(request.hostname)
-    child.call(interface.loopback_up)
+    child.call(interface.begin)
     set_last_pid(request.first_pid - 1)
     control.send(Built(pid=outside))
     return request, tuple(fds[1:])

@@ -17,11 +17,22 @@ from hpccr.noded.control import Network
 from hpccr.noded.hold import Nft
 from hpccr.noded.netlink import NUD_PERMANENT, SCOPE_GLOBAL
 
+_PATIENCE = {"tcp_retries2": "200", "tcp_rto_max_ms": "10000"}
+"""Of TCP in /proc/sys/net/ipv4, for what is under way when the job is held. By the kernel's defaults, 15 repetitions
+with up to two minutes in between, a connection is given up after 15 minutes, half of what a dump may take, and is
+quiet for up to two minutes after a long hold. The second is new in Linux 6.15."""
 
-def loopback_up() -> None:
-    """A new network namespace starts with lo down."""
+
+def begin() -> None:
+    """A new network namespace, before any socket is made in it: lo is up, and TCP has patience."""
     with IPRoute() as route:
         _do("bring up lo", lambda: route.link("set", index=_index(route, "lo"), state="up"))
+    for name, value in _PATIENCE.items():
+        try:
+            with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
+                file.write(value)
+        except OSError:
+            pass  # jobs run without it too, and stand still for less long
 
 
 def configure(network: Network) -> None:
