@@ -16,7 +16,7 @@ import msgspec
 
 from hpccr.errors import HpccrError, LockedError
 from hpccr.model import CapsuleImage
-from hpccr.noded import capsule, jobfiles, outside, private, scan, services, syscalls
+from hpccr.noded import capsule, interrupted, jobfiles, outside, private, scan, services, syscalls
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
@@ -137,7 +137,22 @@ class Checkpoint:
             await self._criu.until()
             self._capsule.hold.off()
         frozen = time.monotonic() - self._stopped_at
+        self._repair_images()
         return Released(frozen_seconds=frozen, criu_freeze_seconds=self._criu_seconds())
+
+    def _repair_images(self) -> None:
+        """See interrupted.py. The tasks run, or are dead, and nobody has read the images yet."""
+        for name in os.listdir(self._directory):
+            if not (name.startswith("core-") and name.endswith(".img")):
+                continue
+            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+            with os.fdopen(fd, "r+b") as file:
+                image = self._capsule.images.load(file)
+                (entry,) = image["entries"]
+                if interrupted.repair(entry):
+                    file.seek(0)
+                    file.truncate()
+                    self._capsule.images.dump(image, file)
 
     def _criu_seconds(self) -> float:
         """CRIU's own measure of how long the tasks were stopped; 0 where it did not write its statistics."""

@@ -300,6 +300,83 @@ def used(spool: int) -> int:
     return os.stat(FILES_DATA, dir_fd=spool).st_blocks * 512
 
 
+WAITING = """
+    import ctypes, json, os, select, struct, sys, threading, time
+    libc = ctypes.CDLL(None, use_errno=True)
+    ended, threads = {}, {}
+    pipes = {name: os.pipe() for name in ("poll", "endless")}
+    polled = {name: ctypes.create_string_buffer(struct.pack("ihh", pipes[name][0], 1, 0)) for name in pipes}
+    request, left = (ctypes.c_long * 2)(100_000, 0), {name: (ctypes.c_long * 2)() for name in ("sleep", "clock")}
+    word = ctypes.c_int(0)
+
+    def waits(name, function):
+        def run():
+            threads[name] = threading.get_native_id()
+            result = function()
+            ended[name] = [result, ctypes.get_errno()]
+        threading.Thread(target=run, daemon=True).start()
+
+    waits("poll", lambda: libc.poll(polled["poll"], 1, 100_000_000))
+    waits("endless", lambda: libc.poll(polled["endless"], 1, -1))
+    waits("sleep", lambda: libc.syscall(35, ctypes.byref(request), ctypes.byref(left["sleep"])))
+    waits("clock", lambda: libc.syscall(230, 1, 0, ctypes.byref(request), ctypes.byref(left["clock"])))
+    waits("futex", lambda: libc.syscall(202, ctypes.byref(word), 0, 0, ctypes.byref(request), 0, 0))
+
+    def calls():
+        said = {}
+        for name, thread in threads.items():
+            try:
+                with open(f"/proc/self/task/{thread}/syscall") as file:
+                    said[name] = file.read().split()[0]
+            except FileNotFoundError:
+                said[name] = "ended"
+        return said
+
+    while sorted(calls().values()) != ["202", "230", "35", "7", "7"]:
+        time.sleep(0.01)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line == "end\\n":
+            for _, writing in pipes.values():
+                os.write(writing, b"x")
+            libc.syscall(202, ctypes.byref(word), 1, 1)
+            while len(ended) < 3:
+                time.sleep(0.01)
+        print(json.dumps([ended, calls() if line != "end\\n" else {}, [99_000 < left[name][0] for name in left]]),
+              flush=True)
+"""
+
+
+@case
+def what_waits_goes_on_waiting(home: Path) -> None:
+    """Calls that the kernel goes on with by itself after a stop, which end with EINTR in CRIU's images: poll, sleeps, a
+    futex with a limit. After a restart, and after another one."""
+    images: dict[int, InitDumped] = {}
+    named = {"poll": "7", "endless": "7", "sleep": "35", "clock": "230", "futex": "202"}
+
+    def told(one: capsule_init_checks.Capsule, line: str) -> list[dict[str, object]]:
+        one.write(f"{line}\n".encode())
+        answer = one.read_until(b"\n")
+        assert answer.startswith(b"[{"), one.read_rest()
+        found: list[dict[str, object]] = json.loads(answer)
+        return found
+
+    with spool() as first, spool() as second:
+        with capsule() as one:
+            one.script(WAITING)
+            one.read_until(b"ready\n")
+            images[first], _ = one.checkpoint(first, kill=True)
+        for source, target in ((first, second), (second, None)):
+            with capsule() as two:
+                two.restart(source, images[source])
+                found = told(two, "look")
+                assert found == [{}, named, [True, True]], found
+                if target is not None:
+                    images[target], _ = two.checkpoint(target, kill=True)
+                else:
+                    assert told(two, "end")[0] == {"poll": [1, 0], "endless": [1, 0], "futex": [0, 0]}
+
+
 HUGE = """
     import mmap, os, sys
     huge = mmap.MAP_ANONYMOUS | 0x40000
