@@ -55,7 +55,7 @@ def copy(paths: Iterable[str], remote: frozenset[int], list_fd: int, data_fd: in
             if not _rests(status, remote) or syscalls.file_system(fd) in _IN_MEMORY:
                 continue
             try:
-                os.fsync(fd)
+                syscalls.write_pages(fd)
             except OSError:
                 continue
             # From here on a change is seen.

@@ -28,6 +28,8 @@ PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
+_SYNC_ALL = 1 | 2 | 4
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER."""
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -107,6 +109,12 @@ def file_system(fd: int) -> int:
     _check(_libc.fstatfs64(fd, found), "fstatfs", fd)
     (kind,) = struct.unpack_from("l", found)
     return int(kind) & 0xFFFFFFFF
+
+
+def write_pages(fd: int) -> None:
+    """Write out what is in memory of a file, and wait for it, without its attributes and without making the device keep
+    it (sync_file_range(2))."""
+    _check(_libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_ALL), "sync_file_range", fd)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

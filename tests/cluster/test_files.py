@@ -7,11 +7,11 @@ import os
 import random
 import signal
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 from jobs import Job, Jobs
 from nodes import Cluster
+from test_store_faults import frozen
 from waiting import rounds, soak, wait_for
 from workloads import OPEN_MPI, SOURCES, Workloads
 
@@ -88,10 +88,10 @@ def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, wor
 
 BLOCKS = 128
 REWRITER = f"""\
-import os, random, time, zlib
+import os, random, sys, time
 
 dice = random.Random(1)
-with open("big", "w+b", buffering=0) as file:
+with open(sys.argv[1], "w+b", buffering=0) as file:
     for number in range({BLOCKS}):
         file.write(number.to_bytes(8) * (1 << 17))
     for step in range(1, 401):
@@ -116,33 +116,37 @@ def rewritten() -> bytes:
 
 def test_killed_in_the_middle_of_a_rollback(jobs: Jobs, cluster: Cluster) -> None:
     """The agent that it is done for, and the hpccrd that does it: it is done again, and the file is as it was."""
-    job = jobs.submit("python3 -u big.py", tasks=2, files={"big.py": REWRITER})
-    job.wait_output("step 20\n")
-    whole = job.checkpoint()["sequence"]
-    runs_on(job, 20, 400)
-    size = (job.directory / "big").stat().st_size
-    half = job.directory / ".big.hpccr-rollback"
-    node, other = job.slurm().nodes
-    cluster.check(other, "pkill", "-KILL", "-u", job.user, "-f", "hpccr agent --endpoint")
-    seen = 0
-    for pattern in (r"-m hpccr agent|/hpccr agent", r"python\S* /usr/local/bin/hpccrd"):
+    with cluster.small_share("rolling", "400m", "user1", disk=True) as share:
+        place = cluster.here(share)
+        job = jobs.submit(f"python3 -u big.py {share}/big", tasks=2, files={"big.py": REWRITER})
+        job.wait_output("step 20\n")
+        whole = job.checkpoint()["sequence"]
+        runs_on(job, 20, 400)
+        node, other = job.slurm().nodes
+        cluster.check(other, "pkill", "-KILL", "-u", job.user, "-f", "hpccr agent --endpoint")
+        for number, pattern in enumerate((r"-m hpccr agent|/hpccr agent", r"python\S* /usr/local/bin/hpccrd")):
+            # What was there before has been taken down by now.
+            job.wait_event("boot", 2 + number)
+            half = place / ".big.hpccr-rollback"
+            before = changed(half)
+            wait_for("a rollback", lambda: changed(half) > before, every=0.001)  # noqa: B023 - called in this turn only
+            with frozen(place):  # so that it is not done before it is killed
+                assert half.exists() and not job.events("restored")
+                os.kill(cluster.pids(node, pattern)[0], signal.SIGKILL)
+        assert job.wait_event("restored")["sequence"] == whole
+        job.open_gate()
+        job.wait_success()
+        assert job.said() == "".join(f"step {step}\n" for step in range(1, 401)) + "done\n"
+        assert [path.name for path in place.iterdir()] == ["big"]
+        assert (place / "big").read_bytes() == rewritten()
 
-        def begun() -> int:
-            with suppress(FileNotFoundError):
-                found = half.stat()
-                if found.st_size and found.st_ctime_ns != seen:  # noqa: B023 - it is called in this turn only
-                    return cluster.pids(node, pattern)[0]  # noqa: B023
-            return 0
 
-        os.kill(wait_for("a rollback", begun, every=0.002), signal.SIGKILL)
-        seen = half.stat().st_ctime_ns  # it was not done
-        assert not job.events("restored")
-    assert job.wait_event("restored")["sequence"] == whole
-    job.open_gate()
-    job.wait_success()
-    assert job.said() == "".join(f"step {step}\n" for step in range(1, 401)) + "done\n"
-    assert (job.directory / "big").stat().st_size == size and not half.exists()
-    assert (job.directory / "big").read_bytes() == rewritten()
+def changed(path: Path) -> int:
+    """When; 0 where there is nothing."""
+    try:
+        return path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return 0
 
 
 # --- any history ------------------------------------------------------------------------------------------------------
