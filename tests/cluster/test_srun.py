@@ -111,7 +111,7 @@ def test_restored_in_the_middle(jobs: Jobs, workloads: Workloads) -> None:
     pairs, stencil = workloads.pairs(rounds(60, 2000)), workloads.stencil(rounds(300, 6000))
     body = STEPS.format(
         messages=f"srun --overlap -n4 -o messages.txt {pairs.partition(' -n 4 ')[2]}",
-        field=f"srun --overlap -n4 -l -o field.txt {stencil.partition(' -n 4 ')[2]}",
+        field=f"srun --overlap -n4 -l -o field.txt -e field.err {stencil.partition(' -n 4 ')[2]}",
         counter=counter(),
         farm=FARM,
     )

@@ -57,6 +57,13 @@ def test_environment_is_passed_unchanged() -> None:
     assert found == {key.encode(): value.encode() for key, value in environ.items()}
 
 
+def test_only_the_launch_root_may_open_more_files() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    script = "ulimit -Sn; grep 'open files' /proc/$PPID/limits"
+    process = launch("sh", "-c", script, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard)))
+    assert finish(process)[1].split() == f"200 Max open files {hard} {hard} files".encode().split()
+
+
 def test_signals_have_their_defaults_in_the_command() -> None:
     _, out, _ = finish(launch("grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"))
     # Whatever mask these tests were started with: 32 and 33 are the C library's own, which no program can change.
