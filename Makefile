@@ -4,6 +4,7 @@
 #   make test     lint, unit tests, cluster tests (what .ci/run calls)
 #   make soak     the same, with the long form of the randomised tests
 #   make bench    measure; see tests/bench
+#   make mpi-table    write the table in docs/user/mpi.md: every MPI library, every feature
 #   make lint | unit | cluster    one part of `make test`; `make cluster ARGS="-k requeue"` passes ARGS to pytest
 #   make clean    remove the cluster of this name and what tools left in the checkout
 #
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup build demo test soak bench lint unit cluster clean
+.PHONY: setup build demo test soak bench mpi-table lint unit cluster clean
 
 HPCCR_TESTBED ?= tests
 export HPCCR_TESTBED
@@ -75,6 +76,10 @@ cluster: build
 
 bench: build
 	@trap '$(TESTBED) down' EXIT; set -x; $(TESTBED) up; /usr/bin/python3 tests/bench/run.py $(ARGS)
+
+mpi-table: export HPCCR_SOAK := 1
+mpi-table: build
+	@trap '$(TESTBED) down' EXIT; set -x; $(TESTBED) up; $(PYTEST) tests/cluster/test_mpi_features.py --mpi-table $(ARGS)
 
 clean:
 	$(TESTBED) down

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs import Jobs
 from nodes import Cluster
+from waiting import soak
 
 ENDLESS = 1_000_000_000
 """Steps of a job that runs until it is cancelled."""
@@ -87,9 +88,9 @@ class Workloads:
             jobs = Jobs(self._cluster, "twin-" + hashlib.sha256(command.encode()).hexdigest()[:12])
             try:
                 job = jobs.submit(command, nodes=nodes, tasks=tasks, plain=True)
-                job.wait_success()
+                job.wait_success(within=600 if soak() else 180)
                 for path in job.directory.iterdir():
-                    self._twins[f"{command} > {path.name}"] = path.read_text()
+                    self._twins[f"{command} > {path.name}"] = path.read_text(errors="replace")
                 self._twins[command] = ""
             finally:
                 jobs.clear()

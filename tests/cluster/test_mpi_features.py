@@ -1,0 +1,96 @@
+"""Every MPI library and every feature: checkpointed inside it under load, restored on other nodes, and the program's
+output, which it has checked byte by byte, is what an undisturbed run without hpccr prints."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+import mpitable
+from jobs import Job, Jobs
+from mpis import FINALIZE, LIBRARIES, Library, features
+from sockets import deadlines
+from waiting import soak
+from workloads import Workloads
+
+HOLD = 300.0
+"""Seconds without an answer that every connection has to survive: the longest time that a job may stand still."""
+PAUSE = 10.0
+"""Seconds between two tries to send what was not acknowledged."""
+LACKS = " is not in this library: "
+RESULT = re.compile(r"\w+ \d+ [0-9a-f]{8}$")
+TASKS = 8
+"""Four for each node, of which two run ranks: MPI has places for children."""
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=[library.key for library in LIBRARIES])
+def test_features(jobs: Jobs, workloads: Workloads, library: Library, request: pytest.FixtureRequest) -> None:
+    """In the short form one feature of HPCCR_SEED's choice is held; all are there, with what they have under way."""
+    making_table = bool(request.config.getoption("--mpi-table"))
+    every = soak()
+    names = features()
+    dice = random.Random(f"{workloads.seed} {library.key}")
+    job = jobs.submit(library.features(*names), tasks=TASKS, environment=library.variables)
+    job.wait_event("started")
+    job.wait_output("ready\n")
+    lacks = lacking(job.said())
+    if not making_table:
+        table = mpitable.read()
+        assert [name for name, title in names.items() if table[title][library.title] != mpitable.YES] == [*lacks]
+    there = [name for name in names if name not in lacks]
+    inside = there if every else [dice.choice(there)]
+    for name in there:
+        if name in inside:
+            job.wait_output(f"{name} held\n")
+            survives(job)
+            job.requeue("hpccr")
+        job.cluster.write(job.directory / f"go-{name}", "", job.user)
+    job.wait_success()
+    assert job.slurm().restarts == len(inside)
+    # All libraries print the same, so one's twin stands for all. What a library lacks it lacks outside of hpccr too.
+    twin = undisturbed(workloads, LIBRARIES[0])
+    assert results(job.said(), lacks) == results(twin, lacks)
+    if lacks and every:
+        assert lacking(undisturbed(workloads, library)) == lacks
+    if making_table:
+        cells = {title: lacks.get(name, mpitable.YES) for name, title in names.items()}
+        cells = {"version": version(jobs, library), **cells, FINALIZE: mpitable.YES}
+        mpitable.write(library.title, cells, [other.title for other in LIBRARIES])
+
+
+def survives(job: Job) -> None:
+    """No connection of the job gives up within the longest time that it may be held, or is quiet for long after it."""
+    found = [row for node in job.slurm().nodes for row in deadlines(job.cluster, node)]
+    assert len(found) >= 4, "the ranks have no connections?"
+    assert [row for row in found if row.seconds < HOLD or row.pause > PAUSE] == []
+
+
+def lacking(said: str) -> dict[str, str]:
+    """Features that the program found the library without, and the library's reason."""
+    rows = [line.split(LACKS, 1) for line in said.splitlines() if LACKS in line]
+    return {row[0]: f"not in this library: {row[1]}" for row in rows}
+
+
+def results(said: str, lacks: dict[str, str]) -> list[str]:
+    """The lines with the results of features that are not among `lacks`; libraries say other things beside them."""
+    lines = said.splitlines()
+    assert "finalized" in lines, said
+    found = [line for line in lines if RESULT.match(line)]
+    return [line for line in found if line.split()[0] not in lacks]
+
+
+def undisturbed(workloads: Workloads, library: Library) -> str:
+    exported = " ".join(f"{key}={value}" for key, value in library.variables.items())
+    return workloads.twin(f"env {exported} {library.features()}", tasks=TASKS)
+
+
+def version(jobs: Jobs, library: Library) -> str:
+    """What the library says it is, in a few words."""
+    program = "'from mpi4py import MPI; print(MPI.Get_library_version())'"
+    command = library.python(f"-c {program}", ranks=1, nodes=1)
+    job = jobs.submit(command, nodes=1, tasks=1, environment=library.variables)
+    job.wait_success()
+    words = job.said().replace(",", " ").split()
+    return next(word.removeprefix("v") for word in words if word.removeprefix("v")[:1].isdigit())
