@@ -11,8 +11,8 @@ from workloads import NICE, SOURCES
 HOME = "/opt/mpi"
 PROGRAM = Path(__file__).with_name("programs") / "features.py"
 
-# More ranks than this machine has processors: see programs/README.md.
-YIELDING = {
+# More ranks than this machine has processors: see workloads.OPEN_MPI.
+PATIENT = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
     "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
@@ -50,7 +50,7 @@ class Library:
 
     @property
     def variables(self) -> dict[str, str]:
-        return YIELDING | self.environment
+        return PATIENT | self.environment
 
 
 OPEN_MPI = "--map-by ppr:{each}:node -n {ranks}"

@@ -11,7 +11,7 @@ from jobs import Job, Jobs
 from nodes import Cluster
 from test_files import lose_a_part
 from waiting import rounds, wait_for
-from workloads import SOURCES
+from workloads import MPICH, SOURCES
 
 
 def check(job: Job) -> None:
@@ -35,7 +35,7 @@ def check(job: Job) -> None:
 def test_a_chain_of_restarts(jobs: Jobs, cluster: Cluster) -> None:
     """On changing nodes; with a checkpoint right after each restore, and the same one restored twice."""
     dice = random.Random(conftest.SEED)
-    job = jobs.submit(f"mpirun.mpich -n 4 python3 {SOURCES}/printer.py gate", stderr=True)
+    job = jobs.submit(f"{MPICH.format(ranks=4)} python3 {SOURCES}/printer.py gate", stderr=True)
     job.wait_output(" line 1000 ")
     for cycle in range(rounds(2, 20)):
         job.requeue(dice.choice(["hpccr", "scontrol"]))

@@ -13,7 +13,7 @@ from jobs import Job, Jobs
 from nodes import Cluster
 from test_store_faults import frozen
 from waiting import rounds, soak, wait_for
-from workloads import OPEN_MPI, SOURCES, Workloads
+from workloads import MPICH, OPEN_MPI, SOURCES, Workloads
 
 TREE = "mkdir tree"
 
@@ -154,7 +154,7 @@ def changed(path: Path) -> int:
 
 def history(steps: int, seed: int, *options: str) -> str:
     program = f"python3 {SOURCES}/history.py --seed {seed} --steps {steps} --gate gate {' '.join(options)} files"
-    return f"mpirun.mpich -n 2 -ppn 1 {program}"
+    return f"{MPICH.format(ranks=2)} -ppn 1 {program}"
 
 
 def logged(job: Job) -> int:

@@ -9,7 +9,7 @@ import pytest
 from jobs import Job, Jobs
 from nodes import Cluster
 from waiting import wait_for
-from workloads import NICE, OPEN_MPI, SOURCES, Workloads
+from workloads import MPICH, NICE, OPEN_MPI, SOURCES, Workloads
 
 EXAMPLES = "/src/mpi/examples"
 PYTHON = "env PYTHONPATH=/src python3"
@@ -39,7 +39,7 @@ def happened(job: Job) -> list[str]:
 
 def test_c_stencil_under_mpich(jobs: Jobs, workloads: Workloads, library: Callable[[str], str]) -> None:
     """Asked from inside, from outside and by a requeue: hooks in order, resume and restart told apart."""
-    command = f"mpirun.mpich -n 4 {NICE} {library('mpich')}/stencil -s 300 -n 60 -l log -p 20000 -c 10"
+    command = f"{MPICH.format(ranks=4)} {NICE} {library('mpich')}/stencil -s 300 -n 60 -l log -p 20000 -c 10"
     job = jobs.submit(command, environment=PATIENT)
     job.wait_event("durable")
     assert job.events("checkpoint")[0]["reason"] == "program"

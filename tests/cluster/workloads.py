@@ -16,8 +16,12 @@ RATE = 100
 SOURCES = "/src/tests/cluster/programs"
 ENOUGH = "enough"
 """The file in a counter's directory that ends it."""
-# More ranks than this machine has processors: without this every rank that waits takes the others' turn.
+# There are more ranks than processors: one that waits must give its turn to others. Open MPI has nothing but
+# sched_yield() for that (spinning takes twice the time). MPICH can sleep for a moment, which is better: kernels without
+# the changes of early 2026 to EEVDF ("sched/fair: Fix zero_vruntime tracking") may give nobody else a processor for a
+# minute while some tasks do nothing but yield.
 OPEN_MPI = "mpirun.openmpi --map-by ppr:{each}:node --mca mpi_yield_when_idle 1 -n {ranks}"
+MPICH = "mpirun.mpich -genv MPIR_CVAR_ENABLE_HEAVY_YIELD 1 -n {ranks}"
 NICE = "nice"
 """Before a rank's program: on a real node Slurm and hpccr would have a processor of their own."""
 
@@ -46,7 +50,7 @@ class Workloads:
         self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None, pause: int = 0
     ) -> str:
         """The program that checks every byte and order of random messages, under MPICH. pause: ms between rounds."""
-        mpirun, seed = f"mpirun.mpich -n {ranks} {NICE}", seed or self.seed
+        mpirun, seed = f"{MPICH.format(ranks=ranks)} {NICE}", seed or self.seed
         return f"{mpirun} /shared/programs/pairs {seed} {rounds} 10 {max_bytes}" + (f" {pause}" if pause else "")
 
     def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2) -> str:
