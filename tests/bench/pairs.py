@@ -17,4 +17,4 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def ratio(over: Sequence[float], under: Sequence[float]) -> str:
     """Median of the ratios of pairs measured one after the other, with their quartiles."""
     low, middle, high = quartiles([a / b for a, b in zip(over, under, strict=True)])
-    return f"{middle:.2f} (quartiles {low:.2f} to {high:.2f}, {len(over)} pairs)"
+    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f}, {len(over)} pairs)"

@@ -1,6 +1,6 @@
 """Measurements on the test cluster, as ratios within one run: absolute times of a small virtual machine say nothing.
 
-    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [safepoint] [trees] [--repetitions N]
+    run.py [freeze] [flush] [memory] [dedup] [restore] [slowdown] [safepoint] [trees] [overhead] [--repetitions N]
 
 The cluster that HPCCR_TESTBED names must be up (`make bench` does that).
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 import dedup
 import freeze
 import inside
+import overhead
 import restore
 import safepoint
 import slowdown
@@ -32,6 +33,7 @@ BENCHES = {
     "slowdown": slowdown.measure,
     "safepoint": safepoint.measure,
     "trees": trees.measure,
+    "overhead": overhead.measure,
 }
 
 

@@ -13,7 +13,7 @@ FARM = 6
 """Steps of four CPUs each; the job has 16."""
 
 STEPS = """\
-export OMPI_MCA_mpi_yield_when_idle=1 MPIR_CVAR_ENABLE_HEAVY_YIELD=1
+export MPIR_CVAR_ENABLE_HEAVY_YIELD=1
 cat > farm <<'END'
 echo "farm $1"
 until [ -e gate ]; do sleep 1; done

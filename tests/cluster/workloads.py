@@ -16,11 +16,9 @@ RATE = 100
 SOURCES = "/src/tests/cluster/programs"
 ENOUGH = "enough"
 """The file in a counter's directory that ends it."""
-# There are more ranks than processors: one that waits must give its turn to others. Open MPI has nothing but
-# sched_yield() for that (spinning takes twice the time). MPICH can sleep for a moment, which is better: kernels without
-# the changes of early 2026 to EEVDF ("sched/fair: Fix zero_vruntime tracking") may give nobody else a processor for a
-# minute while some tasks do nothing but yield.
-OPEN_MPI = "mpirun.openmpi --map-by ppr:{each}:node --mca mpi_yield_when_idle 1 -n {ranks}"
+# There are more ranks than processors: one that waits must sleep for a moment. For Open MPI the site's configuration
+# says so (testbed/siteconf.py, which tells why sched_yield() is not enough); MPICH has none.
+OPEN_MPI = "mpirun.openmpi --map-by ppr:{each}:node -n {ranks}"
 MPICH = "mpirun.mpich -genv MPIR_CVAR_ENABLE_HEAVY_YIELD 1 -n {ranks}"
 NICE = "nice"
 """Before a rank's program: on a real node Slurm and hpccr would have a processor of their own."""

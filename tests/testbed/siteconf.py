@@ -16,6 +16,7 @@ def files(cluster: str, compute: list[str]) -> dict[str, str]:
         "slurm/cgroup.conf": _CGROUP_CONF,
         "slurm/plugstack.conf": "include /etc/slurm/plugstack.conf.d/*.conf\n",
         "slurm/plugstack.conf.d/hpccr.conf": PLUGSTACK,
+        "openmpi/openmpi-mca-params.conf": _OPENMPI_CONF,
         "openmpi/prte-mca-params.conf": _PRTE_CONF,
     }
 
@@ -81,6 +82,14 @@ ConstrainCores=no
 ConstrainDevices=no
 ConstrainRAMSpace=no
 ConstrainSwapSpace=no
+"""
+
+_OPENMPI_CONF = """\
+# More ranks than processors: one that waits sleeps for a moment. sched_yield(), which Open MPI does by itself, is not
+# enough: kernels without the changes of early 2026 to EEVDF ("sched/fair: Fix zero_vruntime tracking") may give nobody
+# else a processor for a minute while some tasks do nothing but yield.
+mpi_yield_when_idle = 1
+threads_pthreads_yield_strategy = nanosleep
 """
 
 _PRTE_CONF = """\
