@@ -475,6 +475,9 @@ def intercommunicators(world: MPI.Intracomm, sizes: tuple[int, ...]) -> Turns:
 def spawn(world: MPI.Intracomm, sizes: tuple[int, ...]) -> Turns:
     """Comm_spawn"""
     # Once for the whole run: Open MPI 5.0 aborts at a second MPI_Comm_spawn on two nodes, without hpccr too.
+    if MPI.get_vendor()[0] == "MPICH" and MPI.get_vendor()[1] >= (5,) and several_nodes(world):
+        # Seen with 5.0.2 (libfabric tcp), without hpccr: after some messages, or at the disconnection at the latest.
+        raise NotImplementedError("hangs where parents and children are on several nodes")
     program = str(Path(__file__).resolve())
     children = world.Spawn(sys.executable, [program, "--child"], CHILDREN)
     number = yield 0
@@ -483,6 +486,14 @@ def spawn(world: MPI.Intracomm, sizes: tuple[int, ...]) -> Turns:
             number = yield _ask(world, children, number)
     finally:
         _dismiss(world, children)
+
+
+def several_nodes(world: MPI.Intracomm) -> bool:
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        return node.size < world.size
+    finally:
+        node.Free()
 
 
 def _ask(world: MPI.Intracomm, children: MPI.Intercomm, number: int) -> int:
