@@ -25,6 +25,9 @@ PYTEST := /usr/bin/python3 -m pytest
 PACKAGES := debian-archive-keyring iproute2 mmdebstrap nftables python3 python3-pytest python3-pytest-xdist util-linux
 # Clusters that the cluster tests run on side by side: most of a test's time is spent waiting.
 CLUSTERS ?= 2
+# Every cluster of this name, and those that tests made beside it, whether or not they were taken down.
+TAKE_DOWN = for name in $$(ls /run/hpccr-testbed /var/lib/hpccr-testbed 2>/dev/null | sort -u | \
+    grep -xE '$(HPCCR_TESTBED)(-[a-z0-9-]+)?'); do HPCCR_TESTBED=$$name $(TESTBED) down; done
 
 setup:
 	@[ "$$(id -u)" = 0 ] || { echo "make: error: namespaces, Slurm and CRIU need root: run this as root" >&2; exit 1; }
@@ -71,7 +74,7 @@ unit: build
 
 # The tests need a cluster to look at from outside, so they run on this machine with its own Python.
 cluster: build
-	@trap 'for i in $$(seq 0 $$(($(CLUSTERS) - 1))); do HPCCR_TESTBED=$(HPCCR_TESTBED)-gw$$i $(TESTBED) down; done' EXIT; \
+	@take_down() { $(TAKE_DOWN); }; trap take_down EXIT; \
 	set -x; $(PYTEST) -n $(CLUSTERS) --dist loadgroup --durations 10 tests/cluster $(ARGS)
 
 bench: build
@@ -82,6 +85,6 @@ mpi-table: build
 	@trap '$(TESTBED) down' EXIT; set -x; $(TESTBED) up; $(PYTEST) tests/cluster/test_mpi_features.py --mpi-table $(ARGS)
 
 clean:
-	$(TESTBED) down
+	@$(TAKE_DOWN)
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -209,7 +209,16 @@ def _check_size(path: str, status: os.stat_result, limit: int) -> None:
 
 
 def _check_readable(path: str) -> None:
-    if os.path.exists(path) and not os.access(path, os.R_OK):
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        # Of the file itself: the name may be removed, or another file's, at any moment.
+        readable = os.access(f"/proc/self/fd/{fd}", os.R_OK)
+    finally:
+        os.close(fd)
+    if not readable:
         raise UnsupportedError(
             f"{path} cannot be saved: the user cannot read it", hint="take it out of the directories of --files"
         )

@@ -17,6 +17,9 @@ from workloads import SOURCES, Workloads, thermo, thermo_file
 
 INTERVAL = 2.0
 """Seconds between two checkpoints of a job under load."""
+PAUSE = 50
+RATE = 60
+"""Milliseconds between rounds, and steps per second, of jobs that must not end before they were requeued."""
 
 
 def runs_on(job: Job) -> None:
@@ -49,7 +52,7 @@ def test_lammps_under_open_mpi(jobs: Jobs, workloads: Workloads) -> None:
 def test_random_messages_under_mpich(jobs: Jobs, workloads: Workloads) -> None:
     """Requeued by Slurm's own command: what is done in time is done on SIGTERM."""
     command = workloads.pairs(rounds(300, 2000))
-    job = jobs.submit(command)
+    job = jobs.submit(workloads.pairs(rounds(300, 2000), pause=PAUSE))
     under_way(job)
     job.requeue("scontrol")
     # Slurm may send its SIGTERM more than once; there is one final checkpoint.
@@ -61,7 +64,7 @@ def test_random_messages_under_mpich(jobs: Jobs, workloads: Workloads) -> None:
 
 def test_mpi4py_restored_twice_in_a_row(jobs: Jobs, workloads: Workloads) -> None:
     command = workloads.stencil(rounds(1500, 6000))
-    job = jobs.submit(command)
+    job = jobs.submit(workloads.stencil(rounds(1500, 6000), rate=RATE))
     under_way(job)
     first = job.slurm().nodes
     second = job.requeue("hpccr")
@@ -75,9 +78,13 @@ def test_mpi4py_restored_twice_in_a_row(jobs: Jobs, workloads: Workloads) -> Non
 
 def test_two_users_on_the_same_nodes(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     first, second = cluster.nodes[:2], cluster.nodes[2:4]
-    commands = {"user1": workloads.pairs(rounds(300, 1500)), "user2": workloads.stencil(rounds(1500, 5000))}
+    messages, steps = rounds(300, 1500), rounds(1500, 5000)
+    twins = {"user1": workloads.pairs(messages), "user2": workloads.stencil(steps)}
     cluster.drain(*second)
-    made = [jobs.submit(command, user=user) for user, command in commands.items()]
+    made = [
+        jobs.submit(workloads.pairs(messages, pause=PAUSE), user="user1"),
+        jobs.submit(workloads.stencil(steps, rate=RATE), user="user2"),
+    ]
     for job in made:
         under_way(job)
         assert set(job.slurm().nodes) == set(first)
@@ -89,7 +96,7 @@ def test_two_users_on_the_same_nodes(jobs: Jobs, cluster: Cluster, workloads: Wo
     for job in made:
         assert set(job.slurm().nodes) == set(second)
         job.wait_success()
-        assert job.said() == workloads.twin(commands[job.user])
+        assert job.said() == workloads.twin(twins[job.user])
 
 
 def at_once(jobs: list[Job], act: Callable[[Job], object]) -> None:
@@ -156,7 +163,7 @@ def test_one_node(jobs: Jobs, workloads: Workloads, how: str) -> None:
 def test_lost_before_any_checkpoint(jobs: Jobs, workloads: Workloads) -> None:
     """Requeued by Slurm before hpccr has anything: the final checkpoint is the first."""
     command = workloads.pairs(rounds(300, 2000))
-    job = jobs.submit(command)
+    job = jobs.submit(workloads.pairs(rounds(300, 2000), pause=PAUSE))
     job.wait_event("started")
     job.requeue("scontrol", avoid=False)
     job.wait_success()

@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.xdist_group("testbed")
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed" / "testbed"
-INSTANCE = "selftest"
+INSTANCE = f"{os.environ.get('HPCCR_TESTBED') or 'tests'}-selftest"
 ENVIRONMENT = {**os.environ, "HPCCR_TESTBED": INSTANCE}
 CRASHES = 60 if os.environ.get("HPCCR_SOAK") else 6
 

@@ -47,15 +47,18 @@ class Workloads:
     def pairs(
         self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None, pause: int = 0
     ) -> str:
-        """The program that checks every byte and order of random messages, under MPICH. pause: ms between rounds."""
+        """The program that checks every byte and order of random messages, under MPICH. pause: ms between rounds, so
+        that it has not ended before the test is done with it; it prints the same without."""
         mpirun, seed = f"{MPICH.format(ranks=ranks)} {NICE}", seed or self.seed
         return f"{mpirun} /shared/programs/pairs {seed} {rounds} 10 {max_bytes}" + (f" {pause}" if pause else "")
 
-    def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2) -> str:
-        """The halo exchange in mpi4py, which also appends to residuals.txt."""
+    def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2, rate: int = 0) -> str:
+        """The halo exchange in mpi4py, which also appends to residuals.txt. rate: steps per second at most, so that it
+        has not ended before the test is done with it; it prints the same without."""
         mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
-        rate = f" --rate {RATE}" if steps == ENDLESS else ""
-        return f"{mpirun} {NICE} python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt{rate}"
+        rate = rate or (RATE if steps == ENDLESS else 0)
+        program = f"python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt"
+        return f"{mpirun} {NICE} {program}" + (f" --rate {rate}" if rate else "")
 
     def ticker(self, *, hold: int = 8, ranks: int = 4, nodes: int = 2) -> str:
         """Endless, and known without a twin (check_ticks); takes next to no processor time."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpccr.coordinator.service import saved_elsewhere
+from hpccr.errors import UnsupportedError
+from hpccr.noded import snapshot
 from hpccr.noded.jobfiles import network_devices
 
 IDENTITIES = st.lists(st.integers(0, 9).map(lambda n: bytes([n]) * 16), unique=True).map(tuple)
@@ -30,3 +35,26 @@ def test_network_file_systems_are_known_by_their_type() -> None:
 43 22 0:55 / /tmp rw - tmpfs tmpfs rw
 """
     assert network_devices(mountinfo) == {os.makedev(0, minor) for minor in (52, 53, 54)}
+
+
+def test_a_file_that_comes_and_goes_is_not_taken_for_unreadable(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_text("")
+    stop = threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            path.rename(other)
+            other.rename(path)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        for _ in range(20000):
+            snapshot._check_readable(str(path))
+    finally:
+        stop.set()
+        mover.join()
+    path.chmod(0)
+    with pytest.raises(UnsupportedError, match="cannot read"):
+        snapshot._check_readable(str(path))
