@@ -65,7 +65,7 @@ class Init:
     ) -> R:
         """Send a request (before the first suspension) and wait for its reply.
 
-        Raises what init answered, PeerLostError if it ended, HpccrError after `timeout` seconds.
+        Raises what init answered, PeerLostError if it ended or after `timeout` seconds.
         """
         if self._pending is not None:
             raise HpccrError(f"{type(message).__name__} while the capsule is busy")
@@ -75,7 +75,7 @@ class Init:
             async with asyncio.timeout(timeout):
                 answer = await self._pending
         except TimeoutError:
-            raise HpccrError(f"the capsule did not answer {type(message).__name__} within {timeout:.0f} s") from None
+            raise PeerLostError(f"the capsule did not answer {type(message).__name__} within {timeout:.0f} s") from None
         finally:
             self._pending = None
         return _expect(answer, reply)
