@@ -36,8 +36,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, config: Config) -> int:
     """Serve until the coordinator or hpccrd ends; 14 when it was not the coordinator who said so."""
     # A requeue sends SIGTERM to every process that Slurm started; the agent is needed for the final checkpoint and
-    # ends with its coordinator, or by SIGKILL.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    # ends with its coordinator, or by SIGKILL. What a user sends to all of the job's steps is meant for the job.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     node = node_name()
     return asyncio.run(_serve(args.endpoint, _count(args.count, node), node, config))
