@@ -166,6 +166,7 @@ def _job(job: dict[str, Any], cluster: str) -> JobInfo:
         reason=_text(job.get("state_reason")),
         restarts=int(_number(job.get("restart_cnt")) or 0),
         requeue=bool(_number(job.get("requeue"))),
+        batch=bool(_number(job.get("batch_flag"))),
         comment=_text(job.get("comment")),
         nodes=tuple(expand(nodes)) if nodes else (),
         batch_node=job.get("batch_host") or "",

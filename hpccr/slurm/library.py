@@ -116,6 +116,7 @@ def _job(job: Any) -> JobInfo:
         reason=job.state_reason or "",
         restarts=int(job.requeue_count or 0),
         requeue=bool(job.is_requeueable),
+        batch=True,  # it does not say; who wants to know is the coordinator, which asks by commands
         comment=job.comment or "",
         nodes=tuple(expand(nodes)) if nodes else (),
         batch_node=job.batch_host or "",

@@ -30,7 +30,7 @@ class JobInfo:
     job: the job id; array: "ARRAYJOB_TASK" for a task of an array. states: e.g. {"PENDING", "COMPLETING"}.
     restarts: how often it has been requeued, this time included. nodes: of the current or last run; empty if pending.
     Times in seconds since the epoch, None where Slurm has none. preempt_time: of the preemption under way.
-    requeue: Slurm may requeue it (after a node failure, and at all).
+    requeue: Slurm may requeue it (after a node failure, and at all), if it is a batch job (batch), and not salloc's.
     """
 
     job: str
@@ -44,6 +44,7 @@ class JobInfo:
     reason: str
     restarts: int
     requeue: bool
+    batch: bool
     comment: str
     nodes: tuple[str, ...]
     batch_node: str

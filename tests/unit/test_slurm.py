@@ -144,6 +144,7 @@ def info(**changes: Any) -> JobInfo:
         "reason": "None",
         "restarts": 0,
         "requeue": True,
+        "batch": True,
         "comment": "",
         "nodes": ("node1",),
         "batch_node": "node1",
@@ -178,6 +179,7 @@ def test_why_a_job_was_signalled(changes: dict[str, Any], restarts: int, expecte
 JOB = {
     "array_job_id": {"set": True, "infinite": False, "number": 0},
     "array_task_id": {"set": False, "infinite": False, "number": 0},
+    "batch_flag": True,
     "batch_host": "node1",
     "cluster": "tb",
     "comment": "hello",
