@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import logging.handlers
 import os
+import queue
 import secrets
 import sys
 import time
@@ -20,10 +22,10 @@ from hpccr.agent.service import node_name
 from hpccr.cli.embedded import node_service
 from hpccr.config import Config
 from hpccr.coordinator.mpienv import SECRET_VARIABLE, capsule_environment, inside
+from hpccr.coordinator.requests import Command
 from hpccr.coordinator.run import Coordinator
 from hpccr.coordinator.schedule import parse_interval
 from hpccr.coordinator.script import keep_script
-from hpccr.coordinator.service import Command
 from hpccr.coordinator.site import Site, SlurmSite
 from hpccr.errors import SupersededError, UnsupportedError, UsageError
 from hpccr.model import StepKey
@@ -34,6 +36,9 @@ from hpccr.store.publish import FILE_MODE, make_directory
 from hpccr.store.steps import claim_step
 
 log = logging.getLogger(__name__)
+
+QUICK = 5.0
+"""Seconds for the one question to Slurm that a SIGKILL follows within KillWait, 30 s by default."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -96,6 +101,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
         log.info("step %s has finished before the requeue: it is not run again", step.key)
         return record.exit_code
     resume = record is not None and not args.fresh
+    if record is None and allocation.restarts and step.key.step == "0":
+        print(
+            f"hpccr: warning: job {allocation.job} has run before, but {store.root} has nothing of it: it starts anew",
+            file=sys.stderr,
+        )
     if not resume:
         _check_trees(config)
     if args.batch:
@@ -151,12 +161,18 @@ def start(
 ) -> int:
     """Run or restore a step to its end; the exit code of its command. Raises HpccrError."""
     _check_store(step)
-    _log_to(step.path / "hpccr.log", logging.DEBUG if verbose else logging.INFO)
     here = node_name()
-    site = SlurmSite(allocation, CommandQuery(), here) if allocation else Site((here,))
+    query, quick = CommandQuery(), CommandQuery(timeout=QUICK)
+    site = SlurmSite(allocation, query, here, quick=quick) if allocation else Site((here,))
     record = step.record()
     with ExitStack() as stack:
-        socket_path = _node_socket(config, stack, in_slurm=allocation is not None)
+        _log_to(step.path / "hpccr.log", logging.DEBUG if verbose else logging.INFO, stack)
+        if allocation is None:
+            socket_path = _node_socket(config, stack)
+        elif resume:
+            socket_path = config.node.socket  # where it is missing the job is moved to other nodes
+        else:
+            socket_path = _required_socket(config)
         coordinator = Coordinator(
             config=config,
             step=step,
@@ -179,14 +195,18 @@ def start(
             return int(error.code)
 
 
-def _node_socket(config: Config, stack: ExitStack, *, in_slurm: bool) -> str:
-    if os.path.exists(config.node.socket):
-        return config.node.socket
-    if in_slurm:
+def _required_socket(config: Config) -> str:
+    if not os.path.exists(config.node.socket):
         raise UnsupportedError(
             f"no hpccrd on {node_name()}: {config.node.socket} is not there",
             hint="the administrator starts it with `systemctl start hpccrd`; `hpccr doctor` checks every node",
         )
+    return config.node.socket
+
+
+def _node_socket(config: Config, stack: ExitStack) -> str:
+    if os.path.exists(config.node.socket):
+        return config.node.socket
     if os.geteuid() != 0:
         raise UnsupportedError(
             "without Slurm and hpccrd, `hpccr run` must be root: it makes namespaces and drives CRIU itself",
@@ -225,13 +245,38 @@ def _command(
     return command
 
 
-def _log_to(path: Path, level: int) -> None:
-    """Send the package's log to a file: a job's stderr belongs to the job."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
-    handler = logging.StreamHandler(os.fdopen(fd, "a"))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+class _LogFile(logging.Handler):
+    """Writes to a descriptor, which it owns. What cannot be written is lost: the place for complaints would be the
+    job's stderr, which belongs to the job."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            os.write(self._fd, self.format(record).encode(errors="backslashreplace") + b"\n")
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        os.close(self._fd)
+        super().close()
+
+
+def _log_to(path: Path, level: int, stack: ExitStack) -> None:
+    """Send the package's log to a file, by a thread: storage that hangs must not make the coordinator fall silent."""
+    file = _LogFile(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    stack.callback(file.close)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    listener = logging.handlers.QueueListener(lines, file)
+    listener.start()
+    stack.callback(listener.stop)
     logger = logging.getLogger("hpccr")
+    handler = logging.handlers.QueueHandler(lines)
     logger.addHandler(handler)
+    stack.callback(logger.removeHandler, handler)
     logger.setLevel(level)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from hpccr.errors import CorruptError, NoCheckpointError
+from hpccr.coordinator.recovery import DAMAGED, MAX_BOOTS
+from hpccr.errors import CorruptError, ExitCode, HpccrError, NoCheckpointError, PeerLostError, error_for
 from hpccr.model import Manifest
 from hpccr.store.layout import Checkpoint, State, Step
 
@@ -18,31 +17,10 @@ FLUSH_POLL = 0.5
 """Seconds between looks at a flush that another node is still doing."""
 
 
-MAX_BOOTS = 3
-"""Boots from one checkpoint, over all requeues of the job, that may come to nothing; then it is passed over."""
-
-
-def fruitless(happened: Iterable[Mapping[str, Any]]) -> Counter[int]:
-    """How often each checkpoint (0: the start) has been booted from since it last came to a running job, by the events
-    of the step. Boots that Slurm ended (a requeue, a preemption) do not count."""
-    found: Counter[int] = Counter()
-    current = -1
-    for event in happened:
-        match event["event"]:
-            case "boot":
-                current = int(event.get("sequence", 0))
-                found[current] += 1
-            case "restored":
-                found[current] = 0
-            case "terminate" if event.get("why") != "unknown":
-                found[current] = max(0, found[current] - 1)
-                current = -1  # Slurm may signal more than once
-    return found
-
-
 class Candidates:
     """The complete checkpoints of a step but for those that were refused. warn: tells the user of one passed over;
-    afresh: how the job is started from the beginning; happened: the step's events so far."""
+    afresh, again: how the job is started from the beginning, or once more; fruitless: how often each checkpoint has
+    been tried for nothing (recovery.Past)."""
 
     def __init__(
         self,
@@ -50,18 +28,20 @@ class Candidates:
         warn: Callable[[str], None],
         *,
         afresh: str = "",
-        happened: Iterable[Mapping[str, Any]] = (),
+        again: str = "",
+        fruitless: Mapping[int, int] | None = None,
     ) -> None:
         self._step = step
         self._warn = warn
         self._afresh = afresh
-        self._refused = {
-            sequence: f"{boots} attempts to restore it have come to nothing"
-            for sequence, boots in fruitless(happened).items()
+        self._again = again
+        self._refused: dict[int, HpccrError] = {
+            sequence: PeerLostError(f"{boots} attempts to restore it have come to nothing")
+            for sequence, boots in (fruitless or {}).items()
             if sequence > 0 and boots >= MAX_BOOTS
         }
 
-    def refuse(self, sequence: int, why: str) -> None:
+    def refuse(self, sequence: int, why: HpccrError) -> None:
         """Do not offer this one again in this run of the job: it did not verify or did not restore."""
         self._refused[sequence] = why
 
@@ -71,19 +51,20 @@ class Candidates:
         if await self._settled(checkpoint) is not State.COMPLETE:
             raise NoCheckpointError(
                 f"checkpoint {sequence} of {self._step.key} is not complete",
-                hint=f"`hpccr list {self._step.key.job}` shows the checkpoints there are",
+                hint=f"`hpccr status {self._step.key.job}` shows the checkpoints there are",
             )
         return await asyncio.to_thread(checkpoint.manifest)
 
     async def newest(self) -> Manifest | None:
         """The newest complete one, waiting for one whose flush is still going on; None if there is none.
 
-        Raises CorruptError if there were checkpoints, but nothing is left that can be restored.
+        Raises HpccrError if there were checkpoints, but nothing is left that can be restored: CorruptError if one of
+        them is damaged.
         """
-        damaged = []
+        left_out: list[tuple[int, HpccrError]] = []
         for checkpoint in await asyncio.to_thread(self._step.checkpoints):
             if checkpoint.sequence in self._refused:
-                damaged.append(f"checkpoint {checkpoint.sequence}: {self._refused[checkpoint.sequence]}")
+                left_out.append((checkpoint.sequence, self._refused[checkpoint.sequence]))
                 continue
             try:
                 if await self._settled(checkpoint) is State.COMPLETE:
@@ -91,17 +72,26 @@ class Candidates:
                 found = await asyncio.to_thread(checkpoint.state)
                 problem = found.problem
                 if not found.missing:
-                    damaged.append(f"checkpoint {checkpoint.sequence}: {problem}")
+                    left_out.append((checkpoint.sequence, CorruptError(problem)))
             except (CorruptError, NoCheckpointError) as error:
                 problem = error.message
-                damaged.append(f"checkpoint {checkpoint.sequence}: {problem}")
+                left_out.append((checkpoint.sequence, CorruptError(problem)))
             self._warn(f"checkpoint {checkpoint.sequence} is passed over: {problem}")
-        if damaged:
-            raise CorruptError(
-                f"no checkpoint of {self._step.key} can be restored: {'; '.join(damaged)}",
-                hint=self._afresh or f"`hpccr verify {self._step.key.job}` tells what is wrong with each",
-            )
+        if left_out:
+            raise self._nothing_left(left_out)
         return None
+
+    def _nothing_left(self, left_out: list[tuple[int, HpccrError]]) -> HpccrError:
+        why = "; ".join(f"checkpoint {sequence}: {error.message}" for sequence, error in left_out)
+        codes = [error.code for _, error in left_out]
+        damaged = any(code in DAMAGED for code in codes)
+        return error_for(
+            ExitCode.CORRUPT if damaged else codes[0],
+            f"no checkpoint of {self._step.key} can be restored: {why}",
+            (self._afresh or f"`hpccr verify {self._step.key.job}` tells what is wrong with the newest")
+            if damaged
+            else f"once the cause is gone: {self._again}",
+        )
 
     async def _settled(self, checkpoint: Checkpoint) -> State:
         """complete or incomplete: a flush that makes progress on whatever node is waited for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -13,18 +14,29 @@ from hpccr.coordinator.report import progress
 from hpccr.coordinator.schedule import Costs
 from hpccr.coordinator.service import Boot, Snapshot
 from hpccr.coordinator.site import Site
-from hpccr.errors import HpccrError, LockedError
+from hpccr.errors import HpccrError, LockedError, UnsupportedError
 from hpccr.store.gc import collect
 from hpccr.store.layout import Step
 from hpccr.wire import messages as m
 
 log = logging.getLogger(__name__)
 
+FRESH = 300.0
+"""Seconds of work that may be at stake when a job is killed before its last checkpoint is in the store."""
+PAUSES = (1.0, 3.0, 10.0)
+"""Seconds before each further attempt to have Slurm requeue the job; the last one again and again."""
+
 Post = Callable[[m.Message], None]
 
 
 def nobody(message: m.Message) -> None:
     """For checkpoints whose progress nobody waits for."""
+
+
+def safe(now: float, *, began: float, durable: float | None) -> bool:
+    """Whether little work would be lost with the final checkpoint: what its job has done since it began to run, or
+    since a checkpoint of it became durable."""
+    return now - max(began, durable or began) < FRESH
 
 
 class Checkpoints:
@@ -43,6 +55,8 @@ class Checkpoints:
         self.costs = Costs()
         self.suspended = False
         """The job is stopped by `scontrol suspend`."""
+        self._safe_at: float | None = None
+        """When the newest durable checkpoint of this run of the job was made, by the monotonic clock."""
         self.leaving = False
         """A final checkpoint is being made, or has been: the job's tasks will not run on here."""
 
@@ -58,19 +72,23 @@ class Checkpoints:
     ) -> m.CheckpointReply:
         """The last checkpoint of this run of the job, then a requeue. Raises HpccrError; the job then goes on.
 
-        hurry: there is no time for ranks that are late at a safe point.
+        The job is killed for it, and gone if it does not come into the store: so when that would be much, there is one
+        before it that the job runs on after. hurry: there is no time for that, nor for ranks that are late at a safe
+        point.
         """
         if self.leaving:
             raise LockedError("the job is being requeued already")
-        await asyncio.to_thread(self._site.check_requeue)
         self.leaving = True
         try:
+            await asyncio.to_thread(self._site.check_requeue)
+            now = time.monotonic()
+            if not hurry and not safe(now, began=boot.began or now, durable=self._safe_at):
+                await self._made(boot, kill=False, wait=True, reason=reason, post=post, quiesce=quiesce)
             reply = await self._made(boot, kill=True, wait=True, reason=reason, post=post, quiesce=quiesce, hurry=hurry)
-            await asyncio.to_thread(self._site.requeue)
         except BaseException:
             self.leaving = False
             raise
-        self._left()
+        await self._put_back(boot)
         return reply
 
     async def final(self, boot: Boot, reason: str) -> None:
@@ -81,10 +99,18 @@ class Checkpoints:
         except BaseException:
             self.leaving = False
             raise
+        await self._put_back(boot)
+
+    async def _put_back(self, boot: Boot) -> None:
+        """Have a job requeued whose tasks are dead. If Slurm will not, the checkpoint is restored in place. Raises
+        HpccrError then."""
         try:
-            await asyncio.to_thread(self._site.ensure_requeued)
-        except HpccrError as error:
-            self._warn(f"the job could not be requeued before its time to leave is over: {error.message}")
+            await requeued(self._site, self._warn)
+        except UnsupportedError as error:
+            self.leaving = False
+            if not boot.outcome.done():
+                boot.outcome.set_result(plan.StepLost(m.Failed(error.code, error.message, error.hint)))
+            raise
         self._left()
 
     async def make(self, boot: Boot, reason: str, *, wait: bool) -> Snapshot:
@@ -107,7 +133,7 @@ class Checkpoints:
         work = self._checkpoint(boot, kill=kill, reason=reason, quiesce=quiesce, hurry=hurry)
         snapshot = await _watched(work, boot, post)
         if wait:
-            await _watched(boot.durable(snapshot.manifest.sequence), boot, post)
+            await _watched(boot.flushes.durable(snapshot.manifest.sequence), boot, post)
         return m.CheckpointReply(
             snapshot.manifest.sequence,
             snapshot.manifest.freeze_seconds,
@@ -139,12 +165,13 @@ class Checkpoints:
     async def _after(self, boot: Boot, snapshot: Snapshot, asked: float, *, kill: bool) -> None:
         """When the checkpoint is durable: drop the oldest. If it never will be and the tasks are dead: start again."""
         try:
-            await boot.durable(snapshot.manifest.sequence)
+            await boot.flushes.durable(snapshot.manifest.sequence)
         except HpccrError as error:
             if kill and not boot.outcome.done():
                 failure = m.Failed(error.code, f"the final checkpoint was lost: {error.message}", error.hint)
                 boot.outcome.set_result(plan.StepLost(failure))
             return
+        self._safe_at = asked
         self.costs = self.costs.with_whole(time.monotonic() - asked)
         try:
             await asyncio.to_thread(self._site.show, _shown(snapshot))
@@ -154,6 +181,23 @@ class Checkpoints:
             await asyncio.to_thread(collect, self._step, keep=self._keep)
         except (OSError, HpccrError) as error:
             self._warn(f"cannot remove old checkpoints: {error}")
+
+
+async def requeued(site: Site, warn: Callable[[str], None]) -> None:
+    """Returns when the job is on its way back into the queue: asks Slurm until it answers, or has killed this process.
+
+    Raises UnsupportedError if Slurm may not requeue it.
+    """
+    for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
+        try:
+            await asyncio.to_thread(site.ensure_requeued)
+            return
+        except UnsupportedError:
+            raise
+        except HpccrError as error:
+            if pause == PAUSES[0]:
+                warn(f"the job is not requeued yet: {error.message}")
+        await asyncio.sleep(pause)
 
 
 async def _watched[T](work: Coroutine[Any, Any, T], boot: Boot, post: Post) -> T:

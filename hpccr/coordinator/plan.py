@@ -1,7 +1,7 @@
 """The protocols of a step as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
 Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: ask, arrive, finish (the
-quiesce, where ranks take part in one), then prepare, freeze, survey, dump, release, flush.
+quiesce, where ranks take part in one), then prepare, freeze, survey, dump, (record,) release, flush.
 Each phase sends one request to every capsule and ends when every capsule has answered; the barrier between two
 phases is what makes a checkpoint all or nothing. No capsule is released before every capsule is dumped: a message
 sent by a released capsule to one not yet dumped would be received twice.
@@ -35,6 +35,8 @@ class Phase(enum.StrEnum):
     FREEZING = "freezing"
     SURVEYING = "surveying"
     DUMPING = "dumping"
+    RECORDING = "recording"
+    """Before a release that kills: what could still keep the checkpoint from being one comes first."""
     RELEASING = "releasing"
     ABORTING = "aborting"
     KILLED = "killed"
@@ -54,7 +56,9 @@ BOOT = (
     Phase.UNHOLDING,
 )
 QUIESCE = (Phase.ASKING, Phase.ARRIVING, Phase.FINISHING)
-ABORTABLE = (*QUIESCE, Phase.PREPARING, Phase.FREEZING, Phase.SURVEYING, Phase.DUMPING)
+UNFROZEN = (*QUIESCE, Phase.PREPARING)
+"""Phases of a checkpoint, some of them long, in which nothing stands still yet."""
+ABORTABLE = (*UNFROZEN, Phase.FREEZING, Phase.SURVEYING, Phase.DUMPING, Phase.RECORDING)
 CHECKPOINT = (*ABORTABLE, Phase.RELEASING, Phase.ABORTING)
 
 _EXPECTED: dict[Phase, type[m.Message]] = {
@@ -119,6 +123,8 @@ class State:
     """Why the attempt is being aborted."""
     flushing: frozenset[tuple[int, int]] = frozenset()
     """(sequence, capsule) of each flush under way. More than one sequence only when the final checkpoint overtook."""
+    unflushed: tuple[tuple[int, m.Failed], ...] = ()
+    """(sequence, why) of the first failed flush of each checkpoint whose other flushes are still under way."""
     flush_sequence: int = 0
     """Of the newest checkpoint that was released."""
 
@@ -168,7 +174,14 @@ class Cancel:
     reason: str
 
 
-Event = Boot | Reply | Lost | Deadline | Ask | Cancel
+@dataclass(frozen=True)
+class Recorded:
+    """The manifest of the checkpoint under way is in the store, or why it could not be put there."""
+
+    failure: m.Failed | None = None
+
+
+Event = Boot | Reply | Lost | Deadline | Ask | Cancel | Recorded
 
 
 # --- actions ----------------------------------------------------------------------------------------------------
@@ -218,9 +231,17 @@ class AllSurveyed:
 
 
 @dataclass(frozen=True)
+class Record:
+    """All capsules have dumped and their tasks are about to be killed: publish the manifest, then say Recorded. The
+    phase's deadline runs."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
 class CheckpointReleased:
-    """The checkpoint is in the spools of all nodes and the job goes on (or is killed): publish the manifest, then
-    flush every capsule."""
+    """The checkpoint is in the spools of all nodes and the job goes on (or is killed): publish the manifest, unless it
+    was Recorded, then flush every capsule."""
 
     attempt: Attempt
     replies: tuple[tuple[int, m.Message], ...]
@@ -242,8 +263,18 @@ class Durable:
 
 
 @dataclass(frozen=True)
+class FlushAgain:
+    """A capsule's flush of the checkpoint that the job was killed for failed: it is all that is left of the job, and
+    whole in the spool. Flush it again, after a while."""
+
+    sequence: int
+    capsule: int
+    failure: m.Failed
+
+
+@dataclass(frozen=True)
 class NotDurable:
-    """A capsule's flush failed: the checkpoint stays incomplete."""
+    """A capsule's flush failed, and no flush of this checkpoint is under way any more: it stays incomplete."""
 
     sequence: int
     failure: m.Failed
@@ -279,9 +310,11 @@ Action = (
     | NotQuiesced
     | AllFrozen
     | AllSurveyed
+    | Record
     | CheckpointReleased
     | CheckpointFailed
     | Durable
+    | FlushAgain
     | NotDurable
     | Finished
     | BootFailed
@@ -303,6 +336,10 @@ def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
             return _enter(dataclasses.replace(state, attempt=attempt, failure=None, targets=()), first)
         case Cancel(reason):
             return _abort(state, m.Failed(ExitCode.FAILED, reason)) if state.phase in ABORTABLE else (state, ())
+        case Recorded(failure):
+            if state.phase is not Phase.RECORDING:
+                return state, ()
+            return _enter(state, Phase.RELEASING) if failure is None else _abort(state, failure)
         case Deadline(phase):
             return _late(state) if phase is state.phase else (state, ())
         case Lost(capsule, reason):
@@ -326,7 +363,11 @@ def _reply(state: State, capsule: int, message: m.Message) -> tuple[State, tuple
         case m.Flushed(sequence):
             return _flushed(state, capsule, sequence, None)
         case m.FlushFailed(sequence, text, hint):
-            return _flushed(state, capsule, sequence, m.Failed(ExitCode.FAILED, text, hint, _node(state, capsule)))
+            failure = m.Failed(ExitCode.FAILED, text, hint, _node(state, capsule))
+            if state.phase is Phase.KILLED and sequence == state.flush_sequence:
+                there = (sequence, capsule) in state.flushing
+                return state, (FlushAgain(sequence, capsule, failure),) if there else ()
+            return _flushed(state, capsule, sequence, failure)
         case m.FlushStarted():
             return state, ()
         case m.Failed():
@@ -378,10 +419,15 @@ def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
             state, actions = _enter(state, Phase.DUMPING)
             return state, (AllSurveyed(replies), *actions)
         case Phase.DUMPING:
+            assert state.attempt is not None  # noqa: S101 - set by Ask, cleared only in RELEASING and ABORTING
+            attempt = state.attempt
             dumped = tuple(reply for _, reply in replies if isinstance(reply, m.Dumped))
-            return _enter(dataclasses.replace(state, dumped=dumped), Phase.RELEASING)
+            state = dataclasses.replace(state, dumped=dumped)
+            if attempt.kill:
+                return dataclasses.replace(state, phase=Phase.RECORDING, replies=()), (Record(attempt),)
+            return _enter(state, Phase.RELEASING)
         case Phase.RELEASING:
-            assert state.attempt is not None  # noqa: S101 - set by Ask, cleared only here and in ABORTING
+            assert state.attempt is not None  # noqa: S101 - as above
             attempt = state.attempt
             state = dataclasses.replace(
                 state,
@@ -452,7 +498,7 @@ def _abort(state: State, failure: m.Failed) -> tuple[State, tuple[Action, ...]]:
 
 
 def _late(state: State) -> tuple[State, tuple[Action, ...]]:
-    names = ", ".join(f"hpccr-{k} on {_node(state, k) or 'its node'}" for k in sorted(state.waiting))
+    names = ", ".join(f"hpccr-{k} on {_node(state, k) or 'its node'}" for k in sorted(state.waiting)) or "the store"
     failure = m.Failed(
         ExitCode.PEER_LOST,
         f"{names}: no answer in time while {state.phase}",
@@ -493,12 +539,13 @@ def _exited(state: State, capsule: int, code: int) -> tuple[State, tuple[Action,
 def _flushed(state: State, capsule: int, sequence: int, failure: m.Failed | None) -> tuple[State, tuple[Action, ...]]:
     if (sequence, capsule) not in state.flushing:
         return state, ()
-    if failure is not None:
-        others = frozenset(item for item in state.flushing if item[0] != sequence)
-        return dataclasses.replace(state, flushing=others), (NotDurable(sequence, failure),)
-    state = dataclasses.replace(state, flushing=state.flushing - {(sequence, capsule)})
-    unfinished = any(item[0] == sequence for item in state.flushing)
-    return state, () if unfinished else (Durable(sequence),)
+    before = dict(state.unflushed).get(sequence) or failure
+    others = tuple(item for item in state.unflushed if item[0] != sequence)
+    state = dataclasses.replace(state, flushing=state.flushing - {(sequence, capsule)}, unflushed=others)
+    if any(item[0] == sequence for item in state.flushing):
+        # The spools hold one unfinished checkpoint at most: the next one may begin when the last of these has ended.
+        return dataclasses.replace(state, unflushed=(*others, (sequence, before))) if before else state, ()
+    return state, (Durable(sequence) if before is None else NotDurable(sequence, before),)
 
 
 def _end(state: State, action: Action) -> tuple[State, tuple[Action, ...]]:

@@ -11,7 +11,8 @@ from hpccr.wire import messages as m
 
 def progress(boot: Boot) -> m.Progress:
     """What is under way, and the bytes of the flush that have reached the store."""
-    done, total = (sum(part) for part in zip(*boot.flushed.values(), strict=True)) if boot.flushed else (0, 0)
+    moved = boot.flushes.progress.values()
+    done, total = (sum(part) for part in zip(*moved, strict=True)) if moved else (0, 0)
     if boot.waiting:
         return m.Progress(f"waits for checkpoint {boot.state.flush_sequence}", done, total)
     return m.Progress("flush" if boot.state.flushing else str(boot.state.phase), done, total)

@@ -17,22 +17,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from hpccr.capsule.root import NOT_PASSED
 from hpccr.config import Config
 from hpccr.coordinator import plan
 from hpccr.coordinator.agents import LOST_STEP_TIMEOUT, STEP_END_TIMEOUT, Agents, place
-from hpccr.coordinator.candidates import MAX_BOOTS, Candidates, fruitless
+from hpccr.coordinator.candidates import Candidates
 from hpccr.coordinator.checkpoints import Checkpoints
-from hpccr.coordinator.plan import BOOT, Phase
+from hpccr.coordinator.departure import Departure
+from hpccr.coordinator.plan import Phase
+from hpccr.coordinator.recovery import Next, after, past
 from hpccr.coordinator.report import report
+from hpccr.coordinator.requests import Command
 from hpccr.coordinator.schedule import parse_interval
 from hpccr.coordinator.server import Member, Server
-from hpccr.coordinator.service import Boot, Command, failure_of
+from hpccr.coordinator.service import Boot, failure_of
 from hpccr.coordinator.site import Site
 from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
 from hpccr.coordinator.succession import Succession
 from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
-from hpccr.errors import ExitCode, HpccrError, error_for
+from hpccr.errors import CorruptError, ExitCode, HpccrError, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
 from hpccr.store import events
 from hpccr.store.layout import FINISHED, Step
@@ -42,12 +46,10 @@ from hpccr.wire.handshake import new_secret
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 3
-"""Restores in place without a new complete checkpoint between them; then the cause is not going away."""
-MAKING = (Phase.CREATING, Phase.CONNECTING)
-"""Phases of a boot in which it does not matter what the capsules are for."""
-PASSED_ON = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that are the job's business."""
+OURS = {signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
+"""Signals that say something to us; the others that the launch root passes on are the job's business."""
+ENDING = {signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+"""Of those, what ends a job that does not run yet."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,15 @@ class Coordinator:
         self._checkpoints = Checkpoints(
             step=step, site=site, keep=config.store.keep, left=self._finish_requeued, warn=self._loud
         )
+        self._departure = Departure(
+            site=site,
+            checkpoints=self._checkpoints,
+            boot=lambda: self._boot,
+            event=self._event,
+            warn=self._loud,
+            left=self._finish_requeued,
+            stop=self._stop,
+        )
         self._streams: Streams | None = None
         self._due: float | None = None
         self._main: asyncio.Task[Any] | None = None
@@ -146,6 +157,11 @@ class Coordinator:
             await self._streams.close()
             if code is None:
                 return await self._requeued()
+            if self._departure.why:
+                # It has not come to its end: a later run of the job goes on from its last checkpoint.
+                self._record("ended")
+                self._event("ended", why=self._departure.why, exit_code=code)
+                return code
             self._record(FINISHED, exit_code=code)
             self._event("finished", exit_code=code)
         except asyncio.CancelledError:
@@ -159,10 +175,16 @@ class Coordinator:
             raise
         finally:
             await server.close()
+            self._io.submit(self._remove_endpoint)
+            await asyncio.to_thread(self._io.shutdown)
+        return code
+
+    def _remove_endpoint(self) -> None:
+        try:
             if (there := self._step.endpoint()) is None or there.secret == self._secret:
                 remove(self._step.endpoint_path)
-            self._io.shutdown()
-        return code
+        except (OSError, HpccrError) as error:
+            log.warning("cannot remove %s: %s", self._step.endpoint_path, error)
 
     def _endpoint(self, port: int) -> EndpointRecord:
         host = socket.gethostname()
@@ -170,25 +192,36 @@ class Coordinator:
         return EndpointRecord(FORMAT, self._step.key, tuple(hosts), port, self._secret, os.getpid(), host)
 
     def _record(self, state: str, *, exit_code: int | None = None, argv: tuple[str, ...] | None = None) -> None:
-        old = self._step.record()
+        """Write step.json, in order with the events and like them: a store that is full or slow stops no job."""
         now = time.time()
-        publish(
-            self._step.record_path,
-            StepRecord(
+        placement, incarnation = self._placement, max(0, self._incarnation)
+        due = self._due if state == "running" else None
+
+        def write() -> None:
+            try:
+                old = self._step.record()
+            except (OSError, CorruptError):
+                old = None
+            record = StepRecord(
                 format=FORMAT,
                 key=self._step.key,
                 argv=argv if argv is not None else old.argv if old else (),
                 state=state,
                 started=old.started if old else now,
-                capsules=len(self._placement) or (old.capsules if old else 1),
-                nodes=self._placement or (old.nodes if old else ()),
-                incarnation=max(0, self._incarnation),
+                capsules=len(placement) or (old.capsules if old else 1),
+                nodes=placement or (old.nodes if old else ()),
+                incarnation=incarnation,
                 exit_code=exit_code,
                 updated=now,
-                due=self._due if state == "running" else None,
+                due=due,
                 trees=self._config.files.trees,
-            ),
-        )
+            )
+            try:
+                publish(self._step.record_path, record)
+            except OSError as error:
+                log.warning("cannot write %s: %s", self._step.record_path, error)
+
+        self._io.submit(write)
 
     # --- one boot after the other -------------------------------------------------------------------------------
 
@@ -196,8 +229,10 @@ class Coordinator:
         """The command's exit code, or None when the job was checkpointed to be started again."""
         what = command(self._secret)
         self._record("starting", argv=what.argv)
-        happened = [] if self._asked else await asyncio.to_thread(events.read, self._step.events_path)
-        candidates = Candidates(self._step, self._loud, afresh=self._afresh(), happened=happened)
+        before = past([] if self._asked else await asyncio.to_thread(events.read, self._step.events_path))
+        candidates = Candidates(
+            self._step, self._loud, afresh=self._afresh(), again=self._again(), fruitless=before.fruitless
+        )
         source = await self._first_source(candidates)
         restarts = last_restart = 0
         while True:
@@ -208,34 +243,39 @@ class Coordinator:
                 case Requeued():
                     return None
             error = failure_of(outcome)
-            lost = error.code == ExitCode.PEER_LOST
-            if isinstance(outcome, plan.BootFailed) and (source is None or (outcome.phase in MAKING and not lost)):
-                raise error
-            if isinstance(outcome, plan.BootFailed) and source is not None and not lost:
-                candidates.refuse(source.sequence, error.message)
+            if isinstance(outcome, plan.StepLost) or error.code == ExitCode.PEER_LOST:
+                self._event("lost", message=error.message, node=outcome.failure.node)
+            if isinstance(outcome, plan.StepLost):
+                source = await candidates.newest()
+            if source is not None:
+                restarts = restarts + 1 if source.sequence <= last_restart else 1
+                last_restart = source.sequence
+            target = source.sequence if source is not None else None
+            decision, otherwise = after(outcome, target=target, before=before, restarts=restarts)
+            if decision is Next.MOVE:
+                if await self._moved(error):
+                    return None
+                decision = otherwise
+            if source is not None and decision is Next.REFUSE:
+                candidates.refuse(source.sequence, error)
                 self._loud(f"checkpoint {source.sequence} cannot be restored: {error.message}")
                 if self._sequence is not None or (source := await candidates.newest()) is None:
                     raise error
                 self._loud(f"trying checkpoint {source.sequence}, the one before")
-                continue
-            self._event("lost", message=error.message, node=outcome.failure.node)
-            if (source := await candidates.newest()) is None:
-                if fruitless(happened)[0] + 1 >= MAX_BOOTS:
-                    raise error
-                await self._move_on(error)  # as Slurm does itself with a job that has lost a node
-                return None
-            restarts = restarts + 1 if source.sequence <= last_restart else 1
-            last_restart = source.sequence
-            if isinstance(outcome, plan.BootFailed) and outcome.phase in MAKING:
-                await self._move_on(error)
-                return None
-            if restarts > MAX_RESTARTS:
+            elif source is not None and decision is Next.AGAIN:
+                self._loud(f"{error.message}; restoring checkpoint {source.sequence} in place")
+            elif source is not None:
+                hint = f"{error.hint}; " if error.hint else ""
                 raise error_for(
                     error.code,
-                    f"{error.message}; it has been restored {MAX_RESTARTS} times since checkpoint {source.sequence}",
-                    f"once the cause is gone: scontrol requeue {self._step.key.job}",
+                    f"{error.message}; checkpoint {source.sequence} is there to go on from",
+                    f"{hint}once the cause is gone: {self._again()}",
                 )
-            self._loud(f"{error.message}; restoring checkpoint {source.sequence} in place")
+            else:
+                raise error
+
+    def _again(self) -> str:
+        return f"{'hpccr restore' if self._step.key.cluster == 'local' else 'scontrol requeue'} {self._step.key.job}"
 
     def _afresh(self) -> str:
         job = self._step.key.job
@@ -243,15 +283,17 @@ class Coordinator:
             return f"to start from the beginning: hpccr rm --force {job}; scontrol requeue {job} (or sbatch a new job)"
         return "`hpccr run --fresh` starts from the beginning"
 
-    async def _move_on(self, error: HpccrError) -> None:
-        """A node of the allocation does not answer: let Slurm find others. Raises `error` where it cannot."""
-        self._loud(f"{error.message}; requeueing the job")
+    async def _moved(self, error: HpccrError) -> bool:
+        """Something is wrong with a node of the allocation: have Slurm find others, if it will."""
         self._checkpoints.leaving = True  # the SIGTERM that follows is no news
         try:
             await asyncio.to_thread(self._site.move)
         except HpccrError as refused:
+            self._checkpoints.leaving = False
             log.warning("the job cannot be requeued: %s", refused.message)
-            raise error from None
+            return False
+        self._loud(f"{error.message}; the job is requeued")
+        return True
 
     async def _first_source(self, candidates: Candidates) -> Manifest | None:
         if self._sequence is not None:
@@ -324,7 +366,14 @@ class Coordinator:
             await agents.stop(LOST_STEP_TIMEOUT if gone else STEP_END_TIMEOUT)
 
     async def _watch_running(self, boot: Boot) -> None:
-        """Once the job runs: say so, and make checkpoints by the clock."""
+        """Once the job runs: say so, and make checkpoints by the clock. Whatever else happens to that is told."""
+        try:
+            await self._look_after(boot)
+        except Exception as error:
+            log.exception("no checkpoints by the clock any more")
+            self._loud(f"no checkpoints by the clock any more: {error}")
+
+    async def _look_after(self, boot: Boot) -> None:
         await boot.running.wait()
         self._record("running")
         try:
@@ -438,7 +487,7 @@ class Coordinator:
     # --- signals ------------------------------------------------------------------------------------------------
 
     def _install_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        for number in PASSED_ON:
+        for number in signal.valid_signals() - NOT_PASSED - OURS:
             loop.add_signal_handler(number, self._pass_on, number)
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGTSTP, self._suspend, True)
@@ -455,12 +504,16 @@ class Coordinator:
         else:
             self._boot.signal(signal.SIGCONT)
 
-    def _pass_on(self, number: signal.Signals) -> None:
+    def _pass_on(self, number: int) -> None:
         if number == signal.SIGUSR1 and self._batch:
             self._spawn(self._on_usr1())
         elif self._boot is not None:
             self._boot.signal(number)
-        elif number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) and self._main is not None:
+        elif number in ENDING:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._main is not None:
             self._main.cancel()
 
     async def _on_usr1(self) -> None:
@@ -482,44 +535,17 @@ class Coordinator:
             self._loud(f"no checkpoint though the program asked for one: {error.message}")
 
     def _terminate(self, *, own: bool = True) -> None:
-        """SIGTERM came, to this process (own) or to an agent on another node."""
-        if self._checkpoints.leaving:
-            return  # what is under way is what this signal would ask for
-        self._spawn(self._terminated(own=own))
-
-    async def _terminated(self, *, own: bool) -> None:
-        boot = self._boot
-        try:
-            why = await asyncio.to_thread(self._site.why_signalled)
-        except HpccrError as error:
-            # A checkpoint that nobody needed costs less than one that was needed and is missing.
-            log.warning("Slurm does not say why the job is ended: %s", error.message)
-            why = "requeue"
-        self._event("terminate", why=why)
-        leaving = why in ("requeue", "preempted")
-        if not own and not leaving:
-            return  # this process gets its own signal if the job is to end
-        if boot is None or boot.state.phase in BOOT:
-            if leaving:
-                self._finish_requeued()  # what it starts from is still there
-            elif self._main is not None:
-                self._main.cancel()
-            return
-        if not leaving:
-            boot.signal(signal.SIGTERM)
-            return
-        if self._checkpoints.leaving:
-            return
-        try:
-            await self._checkpoints.final(boot, why)
-        except HpccrError as error:
-            self._loud(f"no final checkpoint before the {why}: {error.message}")
-            boot.signal(signal.SIGTERM)
+        self._spawn(self._departure.signalled(own=own))
 
     def _spawn(self, job: Any) -> None:
         task = asyncio.get_running_loop().create_task(job)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the coordinator failed", exc_info=error)
 
     def status(self) -> StepStatus:
         """What the step is doing now."""

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hpccr.config import Config
 from hpccr.coordinator import plan
+from hpccr.coordinator.deadlines import SLOW, timeout
+from hpccr.coordinator.flushes import Flushes
 from hpccr.coordinator.plan import Phase
+from hpccr.coordinator.requests import Command, Requests, file_rules, saved_elsewhere
 from hpccr.coordinator.server import Member
 from hpccr.coordinator.streams import Positions, Streams
 from hpccr.errors import ExitCode, HpccrError, LockedError, PeerLostError, error_for
-from hpccr.model import FORMAT, FileRules, Manifest
+from hpccr.model import FORMAT, Manifest
 from hpccr.store.layout import Checkpoint, Step
 from hpccr.store.publish import make_directory, publish
 from hpccr.wire import messages as m
@@ -38,17 +40,6 @@ HURRY = 5.0
 """Seconds for ranks to come to a safe point when Slurm is about to kill the job."""
 EXIT_GRACE = 2.0
 """Seconds after a command's failure in which a capsule's loss explains it: the job then goes on from a checkpoint."""
-BARRIER_TIMEOUT = 60.0
-"""Seconds for the phases that only let go: resume, unhold, release, abort."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """What the job is: capsule 0's command and what every launch root gets."""
-
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    cwd: str
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,18 @@ class Boot:
         """members: one per capsule, in capsule order, all joined. event: records a line in events.jsonl."""
         self._config = config
         self._step = step
-        self._command = command
         self._streams = streams
         self._members = members
-        self._incarnation = incarnation
-        self._secret = secret
+        self._requests = Requests(
+            step=step,
+            command=command,
+            stdin=streams.stdin,
+            merged=streams.merged,
+            incarnation=incarnation,
+            secret=secret,
+            source=source,
+            files=file_rules(config, step, streams.paths),
+        )
         self.source = source
         self._event = event
         self._loop = asyncio.get_running_loop()
@@ -99,19 +97,33 @@ class Boot:
         self.skipped = 0
         self.waiting = False
         """A checkpoint was asked for and waits for the one before to be durable."""
-        self.flushed: dict[int, tuple[int, int]] = {}
+        self.returns = False
+        """Slurm starts the job again: its end here is not the step's, and what its nodes have kept of it stays."""
+        self.began = 0.0
+        """When it began to run, by the monotonic clock."""
         self._deadline: asyncio.TimerHandle | None = None
+        self._reminder: asyncio.TimerHandle | None = None
         self._turn = asyncio.Lock()
+        self._hurried = asyncio.Event()
+        """The job is about to be killed, and only its final checkpoint counts."""
         self._reason = ""
         self._patience = config.quiesce.timeout
         self._asked = 0.0
+        self._freezing = 0.0
         self._released: asyncio.Future[Snapshot] | None = None
-        self._durable: dict[int, asyncio.Future[None]] = {}
+        self.flushes = Flushes(
+            step=step,
+            config=config.store,
+            post=lambda capsule, request: members[capsule].post(request),
+            done=lambda capsule, message: self.feed(plan.Reply(capsule, message)),
+        )
+        self._recording: asyncio.Task[None] | None = None
+        self._manifest: Manifest | None = None
+        """Of the checkpoint that is being released and kills."""
         self._positions: asyncio.Task[Positions] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._elsewhere: dict[int, tuple[bytes, ...]] = {}
         """By capsule: identities of files that another capsule saves."""
-        self._files = file_rules(config, step, streams)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -142,12 +154,12 @@ class Boot:
                 member.destroyed.set()
             case m.Flushing(sequence, done, total):
                 if sequence == self.state.flush_sequence:
-                    self.flushed[member.capsule] = (done, total)
+                    self.flushes.progress[member.capsule] = (done, total)
             case m.Exited(code) if code and not self._signalled and self.state.capsules > 1:
                 # mpirun fails when a part of the job is gone, and may be faster than the news of what it was.
                 self._loop.call_later(EXIT_GRACE, self.feed, plan.Reply(member.capsule, message))
             case m.Flushed(sequence, size, _) if sequence == self.state.flush_sequence:
-                self.flushed[member.capsule] = (size, size)
+                self.flushes.progress[member.capsule] = (size, size)
                 self.feed(plan.Reply(member.capsule, message))
             case _:
                 self.feed(plan.Reply(member.capsule, message))
@@ -158,9 +170,8 @@ class Boot:
     def feed(self, event: plan.Event) -> None:
         before = self.state.phase
         self.state, actions = plan.step(self.state, event)
-        if self.state.phase is not before and self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        if self.state.phase is not before:
+            self._disarm()
         for action in actions:
             self._do(action)
 
@@ -181,30 +192,41 @@ class Boot:
                 self._frozen(replies)
             case plan.AllSurveyed(replies):
                 self._elsewhere = saved_elsewhere({k: r.files for k, r in replies if isinstance(r, m.Surveyed)})
+            case plan.Record(attempt):
+                self._arm(Phase.RECORDING)
+                self._recording = self._spawn(self._record(attempt))
             case plan.CheckpointReleased(attempt, replies):
                 self._spawn(self._publish(attempt, replies))
             case plan.CheckpointFailed(attempt, failure):
                 self._checkpoint_failed(attempt, failure)
             case plan.Durable(sequence):
                 self._event("durable", sequence=sequence)
-                self._settle(sequence, None)
+                self.last_error = ""
+                self.flushes.settle(sequence, None)
+            case plan.FlushAgain(sequence, capsule, failure):
+                self._flush_failed(sequence, failure)
+                self._spawn(self.flushes.again(sequence, capsule, failure))
             case plan.NotDurable(sequence, failure):
-                self.last_error = failure.message
-                self._event("flush-failed", sequence=sequence, message=failure.message, node=failure.node)
-                log.error("checkpoint %d is not durable: %s", sequence, failure.message)
-                self._settle(sequence, error_for(failure.code, failure.message, failure.hint))
+                where = self._flush_failed(sequence, failure)
+                log.error("checkpoint %d is not durable", sequence)
+                self.flushes.settle(sequence, error_for(failure.code, where + failure.message, failure.hint))
             case plan.Finished() | plan.BootFailed() | plan.StepLost():
                 self._end(action)
 
     def _request(self, phase: Phase, capsules: tuple[int, ...]) -> None:
-        log.debug("%s: %d capsules", phase, len(capsules))
+        log.log(logging.INFO if phase in plan.BOOT else logging.DEBUG, "%s: %d capsules", phase, len(capsules))
+        if phase is Phase.FETCHING:
+            self._event("restoring", sequence=self.source.sequence if self.source else 0)
+        if phase is Phase.FREEZING:
+            self._freezing = time.monotonic()
         self._arm(phase)
         for capsule in capsules:
-            self._members[capsule].post(self._message_for(phase, capsule))
+            elsewhere = self._elsewhere.get(capsule, ())
+            self._members[capsule].post(self._requests.message(phase, capsule, self.state, self._patience, elsewhere))
 
     def _arm(self, phase: Phase) -> None:
         """Set the phase's deadline. Time in which this process did not run (`scontrol suspend`) does not count."""
-        due = self._loop.time() + self._timeout(phase)
+        due = self._loop.time() + timeout(phase, self._config, self._patience)
 
         def late() -> None:
             if self._loop.time() - due > STOPPED:
@@ -212,89 +234,20 @@ class Boot:
             else:
                 self.feed(plan.Deadline(phase))
 
+        self._disarm()
         self._deadline = self._loop.call_at(due, late)
+        self._reminder = self._loop.call_later(SLOW, self._remind, phase)
 
-    def _timeout(self, phase: Phase) -> float:
-        limits = self._config.checkpoint
-        match phase:
-            case Phase.CREATING | Phase.CONNECTING | Phase.STARTING:
-                return limits.create_timeout
-            case Phase.FETCHING | Phase.ROLLING_BACK | Phase.RESTORING:
-                return limits.restore_timeout
-            case Phase.ASKING:
-                return limits.prepare_timeout
-            case Phase.PREPARING:
-                # Trees are copied as far as they can be, which takes the time that a dump may take.
-                return limits.prepare_timeout + (limits.dump_timeout if self._config.files.trees else 0)
-            case Phase.ARRIVING | Phase.FINISHING:
-                return self._patience + limits.prepare_timeout
-            case Phase.FREEZING | Phase.SURVEYING:
-                return limits.freeze_timeout
-            case Phase.DUMPING:
-                return limits.dump_timeout
-            case _:
-                return BARRIER_TIMEOUT
+    def _disarm(self) -> None:
+        for timer in (self._deadline, self._reminder):
+            if timer is not None:
+                timer.cancel()
+        self._deadline = self._reminder = None
 
-    def _message_for(self, phase: Phase, capsule: int) -> m.Message:
-        match phase:
-            case Phase.CREATING:
-                return m.Create(
-                    m.PROTOCOL, self._step.key, capsule, self.state.capsules, self._incarnation, self._secret
-                )
-            case Phase.CONNECTING:
-                return m.Connect(tuple(created.endpoint for created in self.state.created))
-            case Phase.STARTING:
-                own = capsule == 0
-                return m.Start(
-                    argv=self._command.argv if own else (),
-                    env=self._command.env,
-                    cwd=self._command.cwd,
-                    stdin=self._streams.stdin if own else "null",
-                    merged=self._streams.merged if own else True,
-                )
-            case Phase.FETCHING:
-                assert self.source is not None  # noqa: S101 - this phase exists only with a source
-                return m.Fetch(
-                    directory=str(self._step.checkpoint(self.source.sequence).capsule_path(capsule)),
-                    sequence=self.source.sequence,
-                    checkpoint=self.source.checkpoint,
-                )
-            case Phase.ROLLING_BACK:
-                return m.RollBack()
-            case Phase.RESTORING:
-                own = capsule == 0
-                return m.Restore(
-                    stdin=self._streams.stdin if own else "null",
-                    merged=self._streams.merged if own else True,
-                )
-            case Phase.RESUMING:
-                return m.Resume()
-            case Phase.UNHOLDING:
-                return m.Unhold()
-            case Phase.ABORTING:
-                assert self.state.failure is not None  # noqa: S101 - set by plan._abort
-                return m.Abort(self.state.failure.message)
-        attempt = self.state.attempt
-        assert attempt is not None  # noqa: S101 - the phases left are those of a checkpoint
-        patience = round(self._patience * 1000)
-        match phase:
-            case Phase.ASKING:
-                return m.Quiesce("ask", 0)
-            case Phase.ARRIVING:
-                return m.Quiesce("arrive", patience, self.state.targets)
-            case Phase.FINISHING:
-                return m.Quiesce("finish", patience, self.state.targets)
-            case Phase.PREPARING:
-                return m.Prepare(attempt.sequence, attempt.checkpoint, self._files)
-            case Phase.FREEZING:
-                return m.Freeze()
-            case Phase.SURVEYING:
-                return m.Survey()
-            case Phase.DUMPING:
-                return m.Dump(self._elsewhere.get(capsule, ()))
-            case Phase.RELEASING:
-                return m.Release(attempt.kill)
-        raise AssertionError(f"no request belongs to {phase}")
+    def _remind(self, phase: Phase) -> None:
+        waiting = sorted({self._members[capsule].join.node for capsule in self.state.waiting})
+        log.info("%s takes more than %.0f s; waiting for %s", phase, SLOW, ", ".join(waiting) or "the store")
+        self._event("slow", phase=phase, nodes=waiting)
 
     def _running(self, restored: tuple[m.Restored, ...]) -> None:
         if restored:
@@ -311,6 +264,7 @@ class Boot:
         else:
             self._event("started", nodes=self.nodes)
         self._streams.running()
+        self.began = time.monotonic()
         self.running.set()
 
     def _frozen(self, replies: tuple[tuple[int, m.Message], ...]) -> None:
@@ -329,15 +283,13 @@ class Boot:
         if self._released and not self._released.done():
             self._released.set_exception(error_for(failure.code, where + failure.message, failure.hint))
 
-    def _settle(self, sequence: int, error: HpccrError | None) -> None:
-        future = self._durable.get(sequence)
-        if future is None or future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-            future.exception()  # seen: whoever waits gets it, and nobody may be waiting
+    def _flush_failed(self, sequence: int, failure: m.Failed) -> str:
+        """Tell of it; how a message on it begins."""
+        where = f"{failure.node}: " if failure.node else ""
+        self.last_error = where + failure.message
+        self._event("flush-failed", sequence=sequence, message=failure.message, node=failure.node)
+        log.error("a flush of checkpoint %d failed: %s%s", sequence, where, failure.message)
+        return where
 
     def _end(self, outcome: plan.Finished | plan.BootFailed | plan.StepLost) -> None:
         if not self.outcome.done():
@@ -345,14 +297,12 @@ class Boot:
         error = HpccrError("the job has ended") if isinstance(outcome, plan.Finished) else failure_of(outcome)
         if self._released and not self._released.done():
             self._released.set_exception(error)
-        for sequence in self._durable:
-            self._settle(sequence, error)
+        self.flushes.give_up(error)
 
-    async def _publish(self, attempt: plan.Attempt, replies: tuple[tuple[int, m.Message], ...]) -> None:
-        """The manifest, then the flushes: from here on the checkpoint completes without us."""
-        released = [reply for _, reply in replies if isinstance(reply, m.Released)]
-        total = time.monotonic() - self._asked
-        assert self._positions is not None  # noqa: S101 - every released checkpoint was frozen
+    async def _write(self, attempt: plan.Attempt, frozen: float) -> Manifest | m.Failed:
+        """Put the manifest of what has been dumped into the store: from then on it completes without us, once it is
+        flushed. frozen: for how long the tasks stood still."""
+        assert self._positions is not None  # noqa: S101 - every checkpoint that comes here was frozen
         checkpoint = self._step.checkpoint(attempt.sequence)
         try:
             positions = await self._positions
@@ -366,21 +316,37 @@ class Boot:
                 stdin=positions.stdin,
                 stdout=positions.stdout,
                 stderr=positions.stderr,
-                freeze_seconds=max(r.frozen_seconds for r in released),
+                freeze_seconds=frozen,
                 reason=self._reason,
             )
             await asyncio.to_thread(_write_manifest, checkpoint, manifest)
-        except OSError as error:
-            failure = m.Failed(
+        except (OSError, HpccrError) as error:
+            return m.Failed(
                 ExitCode.FAILED,
-                f"cannot write {checkpoint.manifest_path}: {error.strerror}",
+                f"cannot write {checkpoint.manifest_path}: {getattr(error, 'strerror', None) or error}",
                 "make room on the shared storage, or name another directory with --checkpoint-dir",
             )
+        return manifest
+
+    async def _record(self, attempt: plan.Attempt) -> None:
+        """The manifest of a checkpoint that kills; how long the tasks stand still is not known to the end yet."""
+        found = await self._write(attempt, time.monotonic() - self._freezing)
+        self._manifest = found if isinstance(found, Manifest) else None
+        self.feed(plan.Recorded(found if isinstance(found, m.Failed) else None))
+
+    async def _publish(self, attempt: plan.Attempt, replies: tuple[tuple[int, m.Message], ...]) -> None:
+        """The manifest, if it is not there yet, then the flushes: from here on the checkpoint completes without us."""
+        released = [reply for _, reply in replies if isinstance(reply, m.Released)]
+        total = time.monotonic() - self._asked
+        frozen = max(r.frozen_seconds for r in released)
+        manifest = self._manifest if attempt.kill else await self._write(attempt, frozen)
+        if not isinstance(manifest, Manifest):
+            assert manifest is not None  # noqa: S101 - one that kills is released when its manifest is there
             self.failed += 1
             for capsule in range(self.state.capsules):
-                self.feed(plan.Reply(capsule, m.FlushFailed(attempt.sequence, failure.message, failure.hint)))
+                self.feed(plan.Reply(capsule, m.FlushFailed(attempt.sequence, manifest.message, manifest.hint)))
             if self._released and not self._released.done():
-                self._released.set_exception(error_for(failure.code, failure.message, failure.hint))
+                self._released.set_exception(error_for(manifest.code, manifest.message, manifest.hint))
             return
         self.taken += 1
         self.last_error = ""
@@ -388,14 +354,10 @@ class Boot:
         self.last = Snapshot(manifest, size, total)
         self._event(
             "released", sequence=attempt.sequence, reason=self._reason, nodes=self.nodes, bytes=size,
-            freeze_seconds=manifest.freeze_seconds, criu_freeze_seconds=max(r.criu_freeze_seconds for r in released),
+            freeze_seconds=frozen, criu_freeze_seconds=max(r.criu_freeze_seconds for r in released),
             total_seconds=total, kill=attempt.kill,
         )  # fmt: skip
-        self.flushed = {k: (0, reply.bytes) for k, reply in enumerate(self.state.dumped)}
-        store = self._config.store
-        for capsule in range(self.state.capsules):
-            directory = str(checkpoint.capsule_path(capsule))
-            self._members[capsule].post(m.Flush(directory, store.level, store.share))
+        self.flushes.begin(manifest, [reply.bytes for reply in self.state.dumped])
         if self._released and not self._released.done():
             self._released.set_result(self.last)
 
@@ -416,29 +378,50 @@ class Boot:
         quiesce = quiesce or self._config.quiesce.mode
         if hurry and quiesce == "require":
             quiesce = "prefer"  # what would be lost otherwise is worth more
-        if hurry and self.state.phase in plan.QUIESCE:
-            self.feed(plan.Cancel("Slurm is about to end the job"))  # its ranks may be waited for longer than that
-        async with self._turn:
-            self._patience = min(self._config.quiesce.timeout, HURRY) if hurry else self._config.quiesce.timeout
-            self._asked = time.monotonic()
-            await self._until(self.running.wait())
-            pending = self._durable.get(self.state.flush_sequence)
-            if pending is not None and not pending.done() and not kill:
-                await self._backlog(pending, reason, wait=wait)
-            if self.outcome.done():
-                raise HpccrError("the job has ended")
-            if self.state.phase is not Phase.RUNNING:
-                raise LockedError(f"no checkpoint is possible now: the job is {self.state.phase}")
-            self._reason = reason
-            for pause in PAUSES:
-                try:
-                    return await self._attempt(kill, quiesce)
-                except LockedError as error:
-                    # A connection was neither closed nor established at the freeze, which CRIU cannot dump. The job
-                    # has gone on and the connection with it; nothing tells us when it is made.
-                    log.info("trying again in %g s: %s", pause, error.message)
-                    await asyncio.sleep(pause)
-            return await self._attempt(kill, quiesce)
+        if hurry:
+            self._hurried.set()
+            if self.state.phase in plan.UNFROZEN:
+                self.feed(plan.Cancel("Slurm is about to end the job"))  # ranks or files may be waited for for longer
+        try:
+            async with self._turn:
+                self._check_turn(hurry)
+                self._patience = min(self._config.quiesce.timeout, HURRY) if hurry else self._config.quiesce.timeout
+                self._asked = time.monotonic()
+                return await self._made(kill=kill, reason=reason, wait=wait, quiesce=quiesce)
+        except OSError as error:
+            raise HpccrError(
+                f"cannot use the step's directory {self._step.path}: {error.strerror or error}",
+                hint="is shared storage mounted, and is there room?",
+            ) from error
+        finally:
+            if hurry and self.state.phase is not Phase.KILLED:
+                self._hurried.clear()
+
+    async def _made(self, *, kill: bool, reason: str, wait: bool, quiesce: str) -> Snapshot:
+        await self._until(self.running.wait())
+        pending = self.flushes.pending(self.state.flush_sequence)
+        if pending is not None and not kill:
+            await self._backlog(pending, reason, wait=wait)
+        if self.outcome.done():
+            raise HpccrError("the job has ended")
+        if self.state.phase is not Phase.RUNNING:
+            raise LockedError(f"no checkpoint is possible now: the job is {self.state.phase}")
+        self._reason = reason
+        for pause in PAUSES:
+            try:
+                return await self._attempt(kill, quiesce)
+            except LockedError as error:
+                if not kill:
+                    self._check_turn(hurry=False)
+                # A connection was neither closed nor established at the freeze, which CRIU cannot dump. The job
+                # has gone on and the connection with it; nothing tells us when it is made.
+                log.info("trying again in %g s: %s", pause, error.message)
+                await asyncio.sleep(pause)
+        return await self._attempt(kill, quiesce)
+
+    def _check_turn(self, hurry: bool) -> None:
+        if self._hurried.is_set() and not hurry:
+            raise LockedError("the final checkpoint of the job is being made")
 
     async def _backlog(self, pending: asyncio.Future[None], reason: str, *, wait: bool) -> None:
         """The checkpoint before is not durable yet: leave this one out (LockedError), or wait until it is."""
@@ -447,9 +430,14 @@ class Boot:
         self._event("waiting", reason=reason, pending=self.state.flush_sequence)
         self.waiting = True
         try:
-            await self._until(asyncio.wait((pending,)))
+            hurried = self._loop.create_task(self._hurried.wait())
+            try:
+                await self._until(asyncio.wait((pending, hurried), return_when=asyncio.FIRST_COMPLETED))
+            finally:
+                hurried.cancel()
         finally:
             self.waiting = False
+        self._check_turn(hurry=False)
 
     def _skip(self, reason: str) -> NoReturn:
         before = self.state.flush_sequence
@@ -466,22 +454,20 @@ class Boot:
             raise HpccrError(
                 f"the step's directory {self._step.path} is gone", hint="is shared storage mounted on every node?"
             )
+        if self._recording is not None:
+            await asyncio.wait((self._recording,))  # where storage hung it may still take this number
         sequence = await asyncio.to_thread(self._step.next_sequence)
         if self.state.phase is not Phase.RUNNING:
             raise HpccrError(f"no checkpoint is possible now: the job is {self.state.phase}")
         self._released = self._loop.create_future()
-        self._durable[sequence] = self._loop.create_future()
+        self.flushes.expect(sequence)
         self._event("checkpoint", sequence=sequence, reason=self._reason)
         try:
             self.feed(plan.Ask(plan.Attempt(sequence, uuid.uuid4().hex, kill, quiesce)))
             return await self._released
         except HpccrError:
-            self._settle(sequence, PeerLostError(f"checkpoint {sequence} was given up"))
+            self.flushes.settle(sequence, PeerLostError(f"checkpoint {sequence} was given up"))
             raise
-
-    async def durable(self, sequence: int) -> None:
-        """Wait until a released checkpoint is in the store whole. Raises the error that kept it from that."""
-        await asyncio.shield(self._durable[sequence])
 
     async def _until(self, waiting: Coroutine[Any, Any, object]) -> None:
         """Wait for something that may never come if the Boot ends."""
@@ -508,9 +494,9 @@ class Boot:
 
     async def destroy(self) -> None:
         """Take all capsules down and let the agents go; nothing of the job runs when this returns."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-        over = self.outcome.done() and isinstance(self.outcome.result(), plan.Finished)
+        self._disarm()
+        finished = self.outcome.done() and isinstance(self.outcome.result(), plan.Finished)
+        over = finished and not self.returns
         for member in self._members:
             if not member.lost:
                 member.post(m.Destroy(over))
@@ -529,35 +515,16 @@ class Boot:
         if self._positions is not None:
             self._positions.cancel()
 
-    def _spawn(self, job: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(job)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
+        return task
 
-
-def file_rules(config: Config, step: Step, streams: Streams) -> FileRules:
-    """What a checkpoint saves of the job's files; neither its checkpoints nor its output, which hpccr itself cuts."""
-    return FileRules(
-        trees=config.files.trees,
-        excluded=(os.path.realpath(step.path.parent.parent), *streams.paths) if config.files.trees else (),
-        snapshot_limit=config.files.snapshot_limit,
-    )
-
-
-def saved_elsewhere(found: Mapping[int, tuple[bytes, ...]]) -> dict[int, tuple[bytes, ...]]:
-    """Which of its files (identities, by capsule) a capsule leaves to another: each is saved by one that has it, and
-    not all by the same."""
-    owners: dict[bytes, list[int]] = {}
-    for capsule in sorted(found):
-        for identity in found[capsule]:
-            owners.setdefault(identity, []).append(capsule)
-    elsewhere: dict[int, list[bytes]] = {}
-    for identity, capsules in owners.items():
-        owner = capsules[identity[0] % len(capsules)]
-        for capsule in capsules:
-            if capsule != owner:
-                elsewhere.setdefault(capsule, []).append(identity)
-    return {capsule: tuple(identities) for capsule, identities in elsewhere.items()}
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the coordinator failed", exc_info=error)
 
 
 def failure_of(outcome: plan.BootFailed | plan.StepLost) -> HpccrError:

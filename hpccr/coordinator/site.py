@@ -10,7 +10,7 @@ from pathlib import Path
 from hpccr.errors import HpccrError, UnsupportedError
 from hpccr.slurm.env import Allocation
 from hpccr.slurm.nodes import USUAL_MTBF, FailureRate, estimate_mtbf
-from hpccr.slurm.query import WAITING, JobQuery
+from hpccr.slurm.query import WAITING, JobInfo, JobQuery
 from hpccr.slurm.steps import agent_step_command, agent_step_environment
 
 COMMENT = "hpccr: "
@@ -53,11 +53,9 @@ class Site:
     def check_requeue(self) -> None:
         """Raises HpccrError if requeue() could not work."""
 
-    def requeue(self) -> None:
-        """Put the job back into the queue; it will be killed and started again. Raises HpccrError."""
-
     def ensure_requeued(self) -> None:
-        """Requeue a job that is to leave, unless that is under way already. Raises HpccrError."""
+        """Put the job back into the queue, unless it is on its way there: it will be killed and started again. Raises
+        UnsupportedError if Slurm may not do that, another HpccrError if asking again may help."""
 
     def move(self) -> None:
         """Requeue a job whose allocation is of no use any more. Raises HpccrError."""
@@ -71,8 +69,9 @@ class Site:
 class SlurmSite(Site):
     """Inside a Slurm job."""
 
-    def __init__(self, allocation: Allocation, query: JobQuery, here: str) -> None:
-        """here: this node's name. Raises UnsupportedError if it is not one of the allocation."""
+    def __init__(self, allocation: Allocation, query: JobQuery, here: str, *, quick: JobQuery) -> None:
+        """here: this node's name; quick: for a question that has to be answered in seconds. Raises UnsupportedError if
+        this node is not one of the allocation."""
         if here not in allocation.nodes:
             raise UnsupportedError(
                 f"this process runs on {here}, which is not a node of job {allocation.job}",
@@ -81,6 +80,7 @@ class SlurmSite(Site):
         super().__init__((here, *(node for node in allocation.nodes if node != here)))
         self._allocation = allocation
         self._query = query
+        self._quick = quick
 
     def step_command(self, nodes: Sequence[str], argv: Sequence[str]) -> list[str]:
         return agent_step_command(nodes, argv)
@@ -89,12 +89,13 @@ class SlurmSite(Site):
         return agent_step_environment(os.environ)
 
     def why_signalled(self) -> str:
-        return self._query.why_signalled(self._allocation.job, self._allocation.restarts)
+        return self._quick.why_signalled(self._allocation.job, self._allocation.restarts)
 
     def end_time(self) -> float | None:
         info = self._query.job(self._allocation.job)
-        # A job that is cancelled has this moment for its end, and must not be saved from it.
-        return None if "COMPLETING" in info.states else info.end_time
+        # A job that is cancelled has this moment for its end, and must not be saved from it; one that is no batch job
+        # cannot be requeued, so a checkpoint before its end would only take time from it.
+        return info.end_time if info.batch and "COMPLETING" not in info.states else None
 
     def failure_rate(self) -> FailureRate:
         return estimate_mtbf(self._query.nodes(), time.time())
@@ -110,27 +111,20 @@ class SlurmSite(Site):
             self._query.set_comment(self._allocation.job, COMMENT + text)
 
     def check_requeue(self) -> None:
-        if not self._query.job(self._allocation.job).requeue:
-            raise UnsupportedError(
-                f"job {self._allocation.job} may not be requeued",
-                hint="submit it with `#SBATCH --requeue`, or now: scontrol update jobid="
-                f"{self._allocation.job} Requeue=1",
-            )
-
-    def requeue(self) -> None:
-        self._query.requeue(self._allocation.job)
+        check_requeue(self._query.job(self._allocation.job))
 
     def ensure_requeued(self) -> None:
         # In a GraceTime Slurm would requeue it later. A batch script that ends before is requeued as well, but counts:
         # the sixth such end holds the job (MaxBatchRequeue). And somebody is waiting for the nodes.
-        if self._query.job(self._allocation.job).running:
+        info = self._query.job(self._allocation.job)
+        if info.running and info.restarts == self._allocation.restarts:
+            check_requeue(info)
             self._query.requeue(self._allocation.job)
 
     def move(self) -> None:
         if self._query.job(self._allocation.job).restarts > self._allocation.restarts:
             return  # Slurm has noticed by itself that a node is gone
-        self.check_requeue()
-        self.requeue()
+        self.ensure_requeued()
 
     def must_stay(self) -> bool:
         # When our parent is Slurm itself we are the batch script: our end is the job's, as a requeue wants it.
@@ -138,3 +132,17 @@ class SlurmSite(Site):
             return not Path(f"/proc/{os.getppid()}/comm").read_text().startswith("slurmstepd")
         except OSError:
             return False
+
+
+def check_requeue(info: JobInfo) -> None:
+    """Raises UnsupportedError if Slurm would not requeue the job."""
+    if not info.batch:
+        raise UnsupportedError(
+            f"job {info.job} is interactive, and Slurm requeues batch jobs only",
+            hint="`hpccr checkpoint` saves it; `hpccr restore` goes on from there in another job",
+        )
+    if not info.requeue:
+        raise UnsupportedError(
+            f"job {info.job} may not be requeued",
+            hint=f"submit it with `#SBATCH --requeue`, or now: scontrol update jobid={info.job} Requeue=1",
+        )

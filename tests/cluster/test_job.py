@@ -22,7 +22,7 @@ def note(number, frame):
     if number == signal.SIGUSR2:
         sys.exit(7)
 
-for number in (signal.SIGUSR1, signal.SIGUSR2):
+for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
     signal.signal(number, note)
 print("ready", flush=True)
 while True:
@@ -131,9 +131,12 @@ def test_signals(jobs: Jobs) -> None:
     job.wait_output("got SIGUSR1\ngot SIGUSR1\n")
     job.signal("USR1", "--full")  # to everything in the job, the agents among it
     job.wait_output("got SIGUSR1\ngot SIGUSR1\ngot SIGUSR1\n")
+    job.signal("ALRM", "--batch")
+    job.wait_output("got SIGALRM\n")
     job.signal("USR2", "--batch")
     assert job.wait_over().code == 7
     assert job.said().endswith("got SIGUSR2\n")
+    assert not job.events("lost")
 
 
 def test_a_cancelled_job_stops_at_once(jobs: Jobs, workloads: Workloads) -> None:

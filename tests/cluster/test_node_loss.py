@@ -101,6 +101,39 @@ def in_turn(job: Job, turn: int) -> None:
         computes(job)
 
 
+@contextmanager
+def without_hpccrd(cluster: Cluster) -> Iterator[None]:
+    """No node has one that answers."""
+    socket = "/run/hpccr/hpccrd.sock"
+    for node in cluster.nodes:
+        cluster.check(node, "mv", socket, f"{socket}.away")
+    try:
+        yield
+    finally:
+        for node in cluster.nodes:
+            cluster.check(node, "mv", f"{socket}.away", socket)
+
+
+def test_a_node_that_cannot_take_the_job_is_left_for_others(jobs: Jobs) -> None:
+    """It has a checkpoint and is started again where there is no hpccrd: that is no end of it."""
+    cluster = jobs.cluster
+    job = jobs.sbatch(counter(), ["--checkpoint=requeue"])
+    job.wait_event("started")
+    computes(job)
+    job.requeue_and_hold()
+    with without_hpccrd(cluster):
+        job.release()
+        wait_for(
+            "the job to be requeued",
+            lambda: any("no hpccrd answers" in event["text"] for event in job.events("warning")),
+        )
+        cluster.drain(*cluster.nodes)
+    job.release()
+    assert job.wait_event("restored")["sequence"] == 1
+    finish(job)
+    assert not job.events("failed") and not job.events("restoring")[1:]
+
+
 def test_checkpoints_that_cannot_be_restored(jobs: Jobs) -> None:
     """The newest does not verify: the one before is taken. None does: the job ends, and says how to begin again."""
     cluster = jobs.cluster

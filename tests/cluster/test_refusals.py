@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from jobs import Job, Jobs
 from nodes import SPOOL, USERS, Cluster
+from test_store import new_pids, stopped
 from turnstile import PHASES, Turnstile
 from waiting import wait_for
 from workloads import Workloads
@@ -309,19 +311,77 @@ def test_the_spool_is_full(jobs: Jobs, cluster: Cluster, workloads: Workloads) -
     lives_on(job, workloads)
 
 
+def test_a_requeue_without_its_final_checkpoint(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """The job is told to end, as without hpccr. That is not its end: the checkpoint before is restored."""
+    job = start(jobs, workloads)
+    node = job.slurm().nodes[1]
+    job.checkpoint()
+    with cluster.small_spool(node, "1m"):
+        job.requeue("scontrol")
+    assert job.wait_event("restored")["sequence"] == 1
+    assert (job.wait_event("ended")["why"], job.events("finished")) == ("requeue", [])
+    assert any("no final checkpoint before the requeue" in event["text"] for event in job.events("warning"))
+    goes_on(job, workloads)
+
+
+def test_a_requeue_does_not_wait_for_a_slow_flush(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """Nor for a checkpoint that waits for it."""
+    job = start(jobs, workloads)
+    node = job.slurm().nodes[1]
+    with ExitStack() as stack:
+        first = stack.enter_context(cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1"))
+        with stopped(new_pids(cluster, node, set())):
+            second = stack.enter_context(cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1"))
+            assert job.wait_event("waiting")["pending"] == 1
+            cluster.check("ctl", "scontrol", "requeue", str(job.id), user=job.user)
+            job.wait_event("requeued", within=25)  # the epilog then waits for the flush
+        assert job.wait_event("restored")["sequence"] == 2
+        second.communicate(timeout=60)
+        assert second.returncode != 0
+        first.communicate(timeout=60)
+    goes_on(job, workloads)
+
+
+def fill(cluster: Cluster, path: Path, *, leave: int) -> None:
+    """Write a file that leaves so many bytes of its file system."""
+    found = os.statvfs(path.parent)
+    cluster.write(path, bytes(found.f_bavail * found.f_frsize - leave), "user1")
+
+
 def test_the_store_is_full(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     with cluster.small_share("small", "300m", "user1") as store:
-        job = start(jobs, workloads, {"HPCCR_STORE_DIR": store})
+        there = {"HPCCR_STORE_DIR": store}
+        job = start(jobs, workloads, there)
         job.checkpoint()
-        filler = cluster.here(store) / "filler"
-        room = os.statvfs(filler.parent).f_bavail * os.statvfs(filler.parent).f_frsize
-        cluster.write(filler, bytes(room - (128 << 10)), "user1")
+        filler, rest = cluster.here(store) / "filler", cluster.here(store) / "rest"
+        fill(cluster, filler, leave=128 << 10)
         refused(job.hpccr("checkpoint"), FAILED, "No space left")
         assert job.wait_event("flush-failed")["sequence"] == 2
         found = {row["sequence"]: row["state"] for row in job.status()["checkpoints"]}
         assert found[1] == "complete" and found.get(2) != "complete"
-        filler.unlink()
+        # Not even the manifest can be written: nobody is killed for that.
+        fill(cluster, rest, leave=0)
+        refused(job.hpccr("requeue"), FAILED, "cannot write", "No space left")
+        rest.unlink()
+        # The manifest can be, and what the tasks were killed for is flushed until there is room.
+        failures = len(job.events("flush-failed"))
+        with cluster.popen(
+            "ctl", "env", f"HPCCR_STORE_DIR={store}", "hpccr", "requeue", str(job.id), user="user1"
+        ) as client:
+            job.wait_event("flush-failed", failures + 1)
+            filler.unlink()
+            output, _ = client.communicate(timeout=60)
+        assert client.returncode == 0, output
+        newest = job.events("released")[-1]["sequence"]
+        assert job.wait_event("restored")["sequence"] == newest
         lives_on(job, workloads)
+        # What a job ends with does not depend on whether that can be written down.
+        last = jobs.submit("sh -c 'until test -e gate; do sleep 0.1; done'", nodes=1, tasks=1, environment=there)
+        last.wait_event("started")
+        fill(cluster, rest, leave=0)
+        last.open_gate()
+        last.wait_success()
+        assert "error" not in last.said()
 
 
 def test_what_cannot_be_checkpointed(jobs: Jobs) -> None:

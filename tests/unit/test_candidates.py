@@ -1,45 +1,20 @@
-"""Which boots of a step count as failed, by its events; and the runs that own a step."""
+"""Which checkpoint is restored when others are passed over; and the runs that own a step."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
+from test_store import write
 
-from hpccr.coordinator.candidates import MAX_BOOTS, fruitless
+from hpccr.coordinator.candidates import Candidates
+from hpccr.coordinator.recovery import MAX_BOOTS
 from hpccr.coordinator.succession import Succession
-from hpccr.errors import LockedError
+from hpccr.errors import CorruptError, ExitCode, HpccrError, LockedError
 from hpccr.model import StepKey
-from hpccr.store.layout import Store
+from hpccr.store.layout import Step, Store
 from hpccr.store.steps import claim_step, last_run
-
-
-def boot(sequence: int) -> dict[str, Any]:
-    return {"event": "boot", "sequence": sequence}
-
-
-RESTORED = {"event": "restored"}
-REQUEUED = {"event": "terminate", "why": "requeue"}
-SIGNALLED = {"event": "terminate", "why": "unknown"}
-LOST = {"event": "lost"}
-
-
-@pytest.mark.parametrize(
-    ("happened", "expected"),
-    [
-        ([], {}),
-        ([boot(0)], {0: 1}),
-        ([boot(3), boot(3), LOST, boot(2)], {3: 2, 2: 1}),
-        ([boot(3), boot(3), RESTORED, boot(3)], {3: 1}),
-        ([boot(3), REQUEUED, REQUEUED, boot(3), REQUEUED, boot(3), REQUEUED], {}),
-        ([boot(3), LOST, REQUEUED], {}),
-        ([boot(3), SIGNALLED], {3: 1}),
-        ([boot(3)] * MAX_BOOTS, {3: MAX_BOOTS}),
-    ],
-)
-def test_boots_that_came_to_nothing(happened: list[dict[str, Any]], expected: dict[int, int]) -> None:
-    assert {sequence: count for sequence, count in fruitless(happened).items() if count} == expected
 
 
 def test_the_last_run_owns_the_step(tmp_path: Path) -> None:
@@ -54,3 +29,38 @@ def test_the_last_run_owns_the_step(tmp_path: Path) -> None:
     Succession(step, 10).check()
     with pytest.raises(LockedError, match="started again elsewhere"):
         first.check()
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Step:
+    """With two complete checkpoints of one capsule, 1 and 2."""
+    step = Store.at(tmp_path).step(StepKey("tb", "17", "0"))
+    for sequence in (1, 2):
+        write(step.checkpoint(sequence), capsules=1)
+    return step
+
+
+def nothing_left(step: Step, fruitless: dict[int, int], refusals: dict[int, HpccrError]) -> HpccrError:
+    candidates = Candidates(step, lambda text: None, afresh="AFRESH", again="AGAIN", fruitless=fruitless)
+    for sequence, why in refusals.items():
+        candidates.refuse(sequence, why)
+    with pytest.raises(HpccrError) as raised:
+        asyncio.run(candidates.newest())
+    return raised.value
+
+
+def test_the_newest_that_was_not_refused(step: Step) -> None:
+    candidates = Candidates(step, lambda text: None, fruitless={2: MAX_BOOTS - 1})
+    newest = asyncio.run(candidates.newest())
+    assert newest is not None and newest.sequence == 2
+    candidates.refuse(2, HpccrError("does not restore"))
+    older = asyncio.run(candidates.newest())
+    assert older is not None and older.sequence == 1
+
+
+def test_damage_and_trouble_are_told_apart_when_nothing_is_left(step: Step) -> None:
+    """Nobody is told to remove checkpoints that are whole."""
+    damaged = nothing_left(step, {2: MAX_BOOTS}, {1: CorruptError("bad digest")})
+    assert damaged.code == ExitCode.CORRUPT and damaged.hint == "AFRESH" and "bad digest" in damaged.message
+    trouble = nothing_left(step, {2: MAX_BOOTS}, {1: HpccrError("the spool is full")})
+    assert trouble.code == ExitCode.PEER_LOST and trouble.hint.endswith("AGAIN")

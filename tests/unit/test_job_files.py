@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpccr.coordinator.service import saved_elsewhere
+from hpccr.coordinator.requests import saved_elsewhere
 from hpccr.errors import UnsupportedError
 from hpccr.noded import snapshot
 from hpccr.noded.jobfiles import network_devices

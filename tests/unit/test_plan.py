@@ -62,10 +62,13 @@ class Machine:
             self.feed(plan.Reply(k, ANSWERS[phase](k)))
 
     def to(self, phase: Phase, attempt: plan.Attempt = ATTEMPT) -> Machine:
-        self.feed(plan.Boot())
+        if not self.actions:
+            self.feed(plan.Boot())
         while self.state.phase is not phase:
             if self.state.phase is Phase.RUNNING:
                 self.feed(plan.Ask(attempt))
+            elif self.state.phase is Phase.RECORDING:
+                self.feed(plan.Recorded())
             else:
                 self.answer_all()
         return self
@@ -120,8 +123,9 @@ def test_release_is_never_asked_before_all_are_dumped() -> None:
 @pytest.mark.parametrize("phase", plan.ABORTABLE)
 @pytest.mark.parametrize("how", ["failed", "deadline", "cancel"])
 def test_a_failure_before_the_release_aborts_everywhere_and_the_job_goes_on(phase: Phase, how: str) -> None:
-    machine = Machine(3).to(phase, QUIESCED if phase in plan.QUIESCE else ATTEMPT)
-    machine.feed(plan.Reply(0, ANSWERS[phase](0)))
+    machine = Machine(3).to(phase, {Phase.RECORDING: KILL}.get(phase, QUIESCED if phase in plan.QUIESCE else ATTEMPT))
+    if phase is not Phase.RECORDING:
+        machine.feed(plan.Reply(0, ANSWERS[phase](0)))
     event: plan.Event = {
         "failed": plan.Reply(1, m.Failed(13, "io_uring", "do not")),
         "deadline": plan.Deadline(phase),
@@ -150,14 +154,14 @@ def test_a_failure_while_booting_fails_the_boot(phase: Phase) -> None:
 
 @pytest.mark.parametrize(
     "phase",
-    [Phase.RUNNING, Phase.PREPARING, Phase.FREEZING, Phase.DUMPING, Phase.RELEASING, Phase.ABORTING],
+    [Phase.RUNNING, Phase.PREPARING, Phase.FREEZING, Phase.DUMPING, Phase.RECORDING, Phase.RELEASING, Phase.ABORTING],
 )
 def test_a_lost_agent_ends_the_step(phase: Phase) -> None:
     if phase is Phase.ABORTING:
         machine = Machine(2).to(Phase.FREEZING)
         machine.feed(plan.Cancel("x"))
     else:
-        machine = Machine(2).to(phase)
+        machine = Machine(2).to(phase, KILL if phase is Phase.RECORDING else ATTEMPT)
     machine.feed(plan.Lost(1, "killed"))
     assert machine.state.phase is Phase.ENDED
     assert machine.last(plan.StepLost).failure.code == 14
@@ -180,22 +184,29 @@ def test_the_final_checkpoint_overtakes_a_flush_and_both_become_durable() -> Non
     machine.answer_all()
     machine.feed(plan.Reply(0, m.Flushed(7, 1, 1.0)))
     machine.feed(plan.Ask(plan.Attempt(8, "1" * 32, kill=True)))
-    for _ in range(5):
-        machine.answer_all()
-    assert machine.state.phase is Phase.KILLED
+    machine.to(Phase.KILLED)
     machine.feed(plan.Reply(0, m.Flushed(8, 1, 1.0)), plan.Reply(1, m.Flushed(8, 1, 1.0)))
     assert machine.last(plan.Durable) == plan.Durable(8)
     machine.feed(plan.Reply(1, m.Flushed(7, 1, 1.0)))
     assert machine.last(plan.Durable) == plan.Durable(7)
 
 
-@pytest.mark.parametrize("message", [m.FlushFailed(7, "disk full", "make room"), m.Failed(1, "no such directory")])
+FAILURES = [m.FlushFailed(7, "disk full", "make room"), m.Failed(1, "no such directory")]
+
+
+@pytest.mark.parametrize("message", FAILURES)
 def test_a_failed_flush_leaves_the_job_running(message: m.Message) -> None:
     machine = Machine(2).to(Phase.RELEASING)
     machine.answer_all()
     machine.feed(plan.Reply(1, message))
     assert machine.state.phase is Phase.RUNNING
+    with pytest.raises(ValueError, match="flushing"):
+        plan.step(machine.state, plan.Ask(ATTEMPT))  # the other spool has a checkpoint under way
+    machine.feed(plan.Reply(0, m.Flushed(7, 1, 1.0)))
     assert machine.last(plan.NotDurable).failure.node == "node1"
+    assert not any(isinstance(action, plan.Durable) for action in machine.actions)
+    machine.feed(plan.Ask(ATTEMPT))
+    assert machine.state.phase is Phase.PREPARING
 
 
 def test_killed_at_release_nothing_but_flushes_matters() -> None:
@@ -205,6 +216,44 @@ def test_killed_at_release_nothing_but_flushes_matters() -> None:
     machine.feed(plan.Reply(0, m.Exited(137)), plan.Reply(0, m.Flushed(7, 1, 1.0)))
     machine.feed(plan.Lost(1, "node died"))
     assert isinstance(machine.actions[-1], plan.NotDurable)
+
+
+def test_nothing_is_killed_before_the_manifest_is_in_the_store() -> None:
+    machine = Machine(2).to(Phase.DUMPING, KILL)
+    machine.answer_all()
+    assert machine.actions[-1] == plan.Record(KILL)
+    assert Phase.RELEASING not in requests(machine)
+    machine.feed(plan.Recorded(m.Failed(1, "no space left")))
+    assert machine.state.phase is Phase.ABORTING
+    machine.answer_all()
+    assert machine.state.phase is Phase.RUNNING
+    assert machine.last(plan.CheckpointFailed).failure.message == "no space left"
+    machine.feed(plan.Recorded())  # a late word on the attempt that was given up
+    assert machine.state.phase is Phase.RUNNING
+    machine.to(Phase.RECORDING, KILL).feed(plan.Recorded())
+    assert machine.actions[-1] == plan.Request(Phase.RELEASING, (0, 1))
+
+
+def test_what_a_killed_job_has_left_is_flushed_until_that_succeeds() -> None:
+    machine = Machine(2).to(Phase.KILLED, KILL)
+    machine.feed(plan.Reply(0, m.Flushed(7, 1, 1.0)))
+    for _ in range(3):
+        machine.feed(plan.Reply(1, FAILURES[0]))
+        again = machine.last(plan.FlushAgain)
+        assert (again.sequence, again.capsule, again.failure.node) == (7, 1, "node1")
+    assert not any(isinstance(action, plan.NotDurable) for action in machine.actions)
+    machine.feed(plan.Reply(1, m.Flushed(7, 1, 1.0)))
+    assert machine.actions[-1] == plan.Durable(7)
+
+
+def test_a_failed_flush_that_the_final_checkpoint_overtook_is_not_repeated() -> None:
+    machine = Machine(1).to(Phase.RELEASING)
+    machine.answer_all()
+    machine.to(Phase.KILLED, plan.Attempt(8, "1" * 32, kill=True))
+    machine.feed(plan.Reply(0, FAILURES[0]))
+    assert machine.last(plan.NotDurable).sequence == 7
+    machine.feed(plan.Reply(0, m.FlushFailed(8, "disk full", "")))
+    assert machine.last(plan.FlushAgain).sequence == 8
 
 
 def test_the_commands_end_is_the_steps_end_also_during_a_checkpoint() -> None:
