@@ -204,11 +204,14 @@ class Stream(msgspec.Struct, frozen=True):
 
     position: end of the job's own output in the regular file behind its stdout or stderr (None: not a regular file,
     cannot be cut back); for stdin the bytes the job has consumed. foreign: (offset, length) of what others wrote into
-    the file between the job's own output: Slurm's notices, but also the script's other commands.
+    the file between the job's own output: Slurm's notices, but also the script's other commands. inode, path: which
+    file that was; another one is not cut.
     """
 
     position: int | None
     foreign: tuple[tuple[int, int], ...] = ()
+    inode: int = 0
+    path: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -234,8 +237,8 @@ class Manifest(msgspec.Struct, frozen=True):
 class StepRecord(msgspec.Struct, frozen=True):
     """step.json: the step's command and state; rewritten by the coordinator at each change of state.
 
-    exit_code: of the finished step, else None. stdout_base/stderr_base: size of the regular file behind the job's
-    stdout or stderr when the step first started, None where that is not a regular file.
+    exit_code: of the finished step, else None. stdout_base/stderr_base: where the job's output began in the files
+    behind its stdout and stderr when the step first started: a start from the beginning goes back to there.
     """
 
     format: int
@@ -252,6 +255,8 @@ class StepRecord(msgspec.Struct, frozen=True):
     """When the next checkpoint by the clock begins, while there is one."""
     trees: tuple[str, ...] = ()
     """FileRules.trees, for `hpccr restore`."""
+    stdout_base: Stream | None = None
+    stderr_base: Stream | None = None
 
 
 class EndpointRecord(msgspec.Struct, frozen=True):

@@ -124,6 +124,9 @@ class Agent:
                 case m.OutputTaken(count):
                     if self._pipes:
                         self._pipes.output_taken(count)
+                case m.CloseOutput(stream):
+                    if self._pipes:
+                        self._pipes.close_output(stream)
                 case m.Start() | m.Restore():
                     await self._begin(lease, message)
                 case _:

@@ -75,16 +75,21 @@ class JobPipes:
         except BlockingIOError:
             return False
         if not data:
-            self._loop.remove_reader(fd)
-            os.close(fd)
-            del self._readers[fd]
+            self._close_reader(fd)
             return False
         self._in_flight += len(data)
-        self._post(m.Output(self._stream_of(fd), data))
+        self._post(m.Output(self._readers[fd], data))
         return True
 
-    def _stream_of(self, fd: int) -> int:
-        return self._readers[fd]
+    def _close_reader(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        os.close(fd)
+        del self._readers[fd]
+
+    def close_output(self, stream: int) -> None:
+        """Nobody reads the job's stdout (1) or stderr (2) any more: let the job see that. Idempotent."""
+        for fd in [fd for fd, number in self._readers.items() if number == stream]:
+            self._close_reader(fd)
 
     def output_taken(self, count: int) -> None:
         """The coordinator has written `count` bytes: make room."""
@@ -167,10 +172,8 @@ class JobPipes:
         for fd in self.job_ends:
             os.close(fd)
         self.job_ends.clear()
-        for fd in self._readers:
-            self._loop.remove_reader(fd)
-            os.close(fd)
-        self._readers.clear()
+        for fd in list(self._readers):
+            self._close_reader(fd)
         self._close_stdin()
         if self._unread >= 0:
             os.close(self._unread)

@@ -139,7 +139,15 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         self._main = asyncio.current_task()
         self._ended = loop.create_future()
-        self._streams = Streams(journal=self._step.path / "output", taken=self._output_taken, feed=self._feed_input)
+        record = self._step.record()
+        self._streams = Streams(
+            journal=self._step.path / "output",
+            began=(record.stdout_base, record.stderr_base) if record else None,
+            taken=self._output_taken,
+            feed=self._feed_input,
+            warn=self._loud,
+            broken=self._output_broken,
+        )
         server = Server(
             secret=self._secret,
             silence=self._config.checkpoint.silence_timeout,
@@ -193,6 +201,7 @@ class Coordinator:
 
     def _record(self, state: str, *, exit_code: int | None = None, argv: tuple[str, ...] | None = None) -> None:
         """Write step.json, in order with the events and like them: a store that is full or slow stops no job."""
+        began = self._streams.began if self._streams else (None, None)
         now = time.time()
         placement, incarnation = self._placement, max(0, self._incarnation)
         due = self._due if state == "running" else None
@@ -215,6 +224,8 @@ class Coordinator:
                 updated=now,
                 due=due,
                 trees=self._config.files.trees,
+                stdout_base=began[0],
+                stderr_base=began[1],
             )
             try:
                 publish(self._step.record_path, record)
@@ -455,9 +466,10 @@ class Coordinator:
     def _output_taken(self, count: int) -> None:
         if self._boot is not None:
             self._boot.output_taken(count)
-            if self._streams is not None and self._streams.broken is not None:
-                # Whoever read the job's output is gone: the job gets what it would have got from a broken pipe.
-                self._boot.signal(signal.SIGPIPE)
+
+    def _output_broken(self, stream: int) -> None:
+        if self._boot is not None:
+            self._boot.close_output(stream)
 
     def _feed_input(self, data: bytes) -> None:
         if self._boot is not None:

@@ -136,9 +136,7 @@ class Boot:
         """Put the streams back and create the capsules. Raises HpccrError if stdin cannot be rewound."""
         source = self.source
         positions = Positions(source.stdin, source.stdout, source.stderr) if source else None
-        for warning in self._streams.begin(positions):
-            log.warning("%s", warning)
-            self._event("warning", text=warning)
+        self._streams.begin(positions)
         self.feed(plan.Boot())
 
     def message(self, member: Member, message: m.Message) -> None:
@@ -449,6 +447,12 @@ class Boot:
         )
 
     async def _attempt(self, kill: bool, quiesce: str) -> Snapshot:
+        if self._streams.trouble:
+            # How far it has got can be said when it is written, and what is not would be lost with this process.
+            raise HpccrError(
+                f"the job's output cannot be written: {self._streams.trouble}",
+                hint="make room where the job's output goes; the job waits for that",
+            )
         # Without it numbers would begin anew, on whatever is below a mount point.
         if not await asyncio.to_thread(self._step.path.is_dir):
             raise HpccrError(
@@ -488,6 +492,10 @@ class Boot:
 
     def output_taken(self, count: int) -> None:
         self._members[0].post(m.OutputTaken(count))
+
+    def close_output(self, stream: int) -> None:
+        """Nobody reads the job's stdout (1) or stderr (2) any more: the job gets EPIPE or SIGPIPE."""
+        self._members[0].post(m.CloseOutput(stream))
 
     def feed_input(self, data: bytes) -> None:
         self._members[0].post(m.Input(data))

@@ -8,37 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import queue
-import re
 import select
-import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpccr.coordinator.sink import CHUNK, Sink, is_null, is_regular
 from hpccr.errors import HpccrError
 from hpccr.model import Stream
 
-CHUNK = 64 << 10
-MAX_FOREIGN = 1000
-"""Pieces of others' output between the job's own that are remembered."""
-MAX_MOVED = 64 << 20
-"""Bytes of output behind a notice of Slurm's that are moved up when it is taken out."""
-NOTICE = re.compile(rb"slurmstepd[^\n]*: error: \*\*\* (?:JOB|STEP) [^\n]* CANCELLED AT [^\n]* \*\*\*\n")
-"""What Slurm writes into the output of a job that it requeues: no undisturbed run has it."""
 WINDOW = 256 << 10
 """Bytes of input that may be on their way to the job."""
-
-
-def is_regular(fd: int) -> bool:
-    """Whether a regular file is behind the descriptor, so that its size says how far it has got."""
-    try:
-        return stat.S_ISREG(os.fstat(fd).st_mode)
-    except OSError:
-        return False
 
 
 def same_file(first: int, second: int) -> bool:
@@ -56,187 +38,7 @@ def stdin_kind(fd: int = 0) -> str:
         os.fstat(fd)
     except OSError:
         return "null"
-    return "null" if _is_null(fd) else "pipe"
-
-
-def _is_null(fd: int) -> bool:
-    found, null = os.fstat(fd), os.stat(os.devnull)
-    return stat.S_ISCHR(found.st_mode) and found.st_rdev == null.st_rdev
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """Passes through a sink's queue: everything before it has been written when it is reached."""
-
-    reached: Callable[[Stream], None]
-
-
-class Sink:
-    """One output stream of the job, written by a thread in the order of put() calls."""
-
-    def __init__(self, fd: int, *, taken: Callable[[int], None], journal: Path | None) -> None:
-        """taken: called in the event loop with the count of bytes that have been written (or dropped).
-
-        journal: where to keep a copy of what is written, for a regular file that a requeued script truncates (it was
-        opened without O_APPEND, as `> file` does); used by cut_back(). None: no copy.
-        """
-        self._fd = fd
-        self._taken = taken
-        self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[bytes | _Mark | None] = queue.SimpleQueue()
-        self._regular = is_regular(fd)
-        self._told = False
-        """Whether the user knows that nothing can be taken back here."""
-        self._journal = -1
-        self._base = 0
-        self._end = os.fstat(fd).st_size if self._regular else 0
-        """Where the job's own output ends in the file, as far as it is written."""
-        self._foreign: list[tuple[int, int]] = []
-        self.error: OSError | None = None
-        """Why nothing more is written (reader gone, disk full); what comes after is dropped."""
-        if self._regular and journal is not None and not _appends(fd):
-            self._open_journal(journal)
-        self._thread = threading.Thread(target=self._write_all, name=f"stdout-{fd}", daemon=True)
-        self._thread.start()
-
-    def _open_journal(self, path: Path) -> None:
-        base = path.with_name(path.name + ".base")
-        self._journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            self._base = int(base.read_text())
-        except (FileNotFoundError, ValueError):
-            self._base = os.lseek(self._fd, 0, os.SEEK_CUR)
-            base.write_text(str(self._base))
-
-    def put(self, data: bytes) -> None:
-        self._queue.put(data)
-
-    async def mark(self) -> Stream:
-        """How far the stream has got once everything put before this call is written."""
-        future: asyncio.Future[Stream] = self._loop.create_future()
-
-        def settle(stream: Stream) -> None:
-            if not future.done():
-                future.set_result(stream)
-
-        def reached(stream: Stream) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-                self._loop.call_soon_threadsafe(settle, stream)
-
-        self._queue.put(_Mark(reached))
-        return await future
-
-    async def close(self) -> None:
-        """Wait until everything is written."""
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-        if self._journal >= 0:
-            os.close(self._journal)
-            self._journal = -1
-
-    def cut_back(self, position: Stream) -> str:
-        """Make the file as it was at `position`: what came later is cut off, what a truncation took is put back.
-
-        Call before anything is put. Returns a warning for the log, or "". Raises OSError.
-        """
-        target = position.position
-        if not self._regular and not _is_null(self._fd) and not self._told:
-            self._told = True
-            return (
-                "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken "
-                "back, and comes again"
-            )
-        if target is None or not self._regular:
-            return ""
-        size = os.fstat(self._fd).st_size
-        warning = ""
-        if size > target:
-            os.ftruncate(self._fd, target)
-        elif size < target:
-            warning = self._refill(size, target)
-        self._foreign = list(position.foreign)
-        self._take_out_notices()
-        self._end = os.fstat(self._fd).st_size
-        if not _appends(self._fd):
-            os.lseek(self._fd, min(target, self._end), os.SEEK_SET)
-        if self._journal >= 0:
-            os.ftruncate(self._journal, max(0, target - self._base))
-        return warning
-
-    def _take_out_notices(self) -> None:
-        """What Slurm wrote about the requeue while the job still ran stands between its lines: close the gaps."""
-        size = os.fstat(self._fd).st_size
-        notices = []
-        for offset, length in self._foreign:
-            if offset + length <= size and size - offset <= MAX_MOVED:
-                found = NOTICE.finditer(_read_at(self._fd, offset, length))
-                notices += [(offset + match.start(), match.end() - match.start()) for match in found]
-        if not notices:
-            return
-        first = notices[0][0]
-        tail = bytearray(_read_at(self._fd, first, size - first))
-        for offset, length in reversed(notices):
-            del tail[offset - first : offset - first + length]
-        os.ftruncate(self._fd, first)
-        self._end = first
-        if not _appends(self._fd):
-            os.lseek(self._fd, first, os.SEEK_SET)
-        self._write_out(tail)
-        # What is left of the others' output has moved; it is the job's prelude now as far as we care.
-        self._foreign = []
-
-    def _refill(self, size: int, target: int) -> str:
-        have = os.fstat(self._journal).st_size if self._journal >= 0 else 0
-        if self._journal < 0 or size < self._base or self._base + have < target:
-            return (
-                f"the job's output file has {size} bytes but had {target} at the checkpoint: lines are lost "
-                "(use `#SBATCH --open-mode=append`)"
-            )
-        offset = size
-        while offset < target:
-            chunk = os.pread(self._journal, min(CHUNK, target - offset), offset - self._base)
-            offset += os.pwrite(self._fd, chunk, offset)
-        return ""
-
-    def _write_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, _Mark):
-                known = self._regular and self.error is None
-                item.reached(Stream(self._end, tuple(self._foreign)) if known else Stream(None))
-                continue
-            if self.error is None:
-                try:
-                    self._write(item)
-                except OSError as error:
-                    self.error = error
-            # The loop is gone when the process ends while a reader still blocks us.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._taken, len(item))
-
-    def _write(self, data: bytes) -> None:
-        if self._journal >= 0:
-            os.write(self._journal, data)
-        self._write_out(data)
-
-    def _write_out(self, data: bytes | bytearray) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                written = os.write(self._fd, view)
-            except BlockingIOError:
-                select.select([], [self._fd], [])
-                continue
-            view = view[written:]
-            if self._regular:
-                self._note(written)
-
-    def _note(self, written: int) -> None:
-        """Where the write landed tells whether somebody else has written into the file since ours before it."""
-        end = os.lseek(self._fd, 0, os.SEEK_CUR)
-        between = end - written - self._end
-        if between > 0 and len(self._foreign) < MAX_FOREIGN:
-            self._foreign.append((self._end, between))
-        self._end = end
+    return "null" if is_null(fd) else "pipe"
 
 
 class Source:
@@ -318,17 +120,6 @@ class Source:
         self._feed(data)
 
 
-def _read_at(fd: int, offset: int, length: int) -> bytes:
-    """From a file that may be open for writing only. Raises OSError."""
-    with open(f"/proc/self/fd/{fd}", "rb") as file:
-        file.seek(offset)
-        return file.read(length)
-
-
-def _appends(fd: int) -> bool:
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
-
-
 @dataclass(frozen=True)
 class Positions:
     """How far all three streams had got at a freeze."""
@@ -341,38 +132,53 @@ class Positions:
 class Streams:
     """All three streams of one `hpccr run`, across the restores of its step."""
 
-    def __init__(self, *, journal: Path, taken: Callable[[int], None], feed: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        *,
+        journal: Path,
+        began: tuple[Stream | None, Stream | None] | None,
+        taken: Callable[[int], None],
+        feed: Callable[[bytes], None],
+        warn: Callable[[str], None],
+        broken: Callable[[int], None],
+    ) -> None:
+        """began: where the step's output began in stdout's and stderr's files, None at its first start. warn: tells
+        the user. broken: told the number (1, 2) of an output stream that nobody reads any more."""
         self.stdin = stdin_kind(0)
         self.merged = same_file(1, 2)
         self._feed = feed
-        self._sinks = {1: Sink(1, taken=taken, journal=journal.with_name(journal.name + ".stdout"))}
-        self._sinks[2] = (
-            self._sinks[1] if self.merged else Sink(2, taken=taken, journal=journal.with_name(journal.name + ".stderr"))
-        )
+        self._warn = warn
+        self._told = False
+
+        def sink(number: int, name: str) -> Sink:
+            copy = journal.with_name(f"{journal.name}.{name}")
+            return Sink(number, taken=taken, warn=warn, broken=lambda: broken(number), journal=copy)
+
+        self._sinks = {1: sink(1, "stdout")}
+        self._sinks[2] = self._sinks[1] if self.merged else sink(2, "stderr")
+        self.began = began or (self._sinks[1].position, self._sinks[2].position)
         self._source: Source | None = None
         self._skipped = 0
         self._start = os.lseek(0, 0, os.SEEK_CUR) if is_regular(0) else 0
 
-    def begin(self, positions: Positions | None) -> list[str]:
-        """Before a start (None) or a restore: put the files back to `positions`. Returns warnings for the log.
+    def begin(self, positions: Positions | None) -> None:
+        """Before a start (None) or a restore: put the files back to where they were then.
 
         Raises HpccrError if input that was consumed cannot be skipped again.
         """
-        warnings = []
-        consumed = 0
-        if positions is not None:
-            consumed = positions.stdin.position or 0
-            for number, position in ((1, positions.stdout), (2, positions.stderr)):
-                if number == 2 and self.merged:
-                    continue
-                try:
-                    warnings.append(self._sinks[number].cut_back(position))
-                except OSError as error:
-                    warnings.append(f"cannot cut the job's output back to the checkpoint: {error.strerror}")
-        self._skipped = consumed
+        targets = (positions.stdout, positions.stderr) if positions else self.began
+        for number, target in zip((1, 2), targets, strict=True):
+            if number == 1 or not self.merged:
+                self._sinks[number].cut_back(target or Stream(None), start=positions is None)
+        if positions and not self._told and not all(sink.rewinds for sink in self._sinks.values()):
+            self._told = True
+            self._warn(
+                "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken "
+                "back, and comes again"
+            )
+        self._skipped = (positions.stdin.position or 0) if positions else 0
         if self.stdin == "pipe":
-            self._open_source(consumed)
-        return [warning for warning in warnings if warning]
+            self._open_source(self._skipped)
 
     def _open_source(self, consumed: int) -> None:
         if self._source is None:
@@ -412,9 +218,9 @@ class Streams:
         return tuple(dict.fromkeys(link for link in links if link.startswith("/")))
 
     @property
-    def broken(self) -> OSError | None:
-        """Why the job's stdout is not written any more."""
-        return self._sinks[1].error
+    def trouble(self) -> str:
+        """Why the job's output waits to be written; a checkpoint would wait for it with the job's tasks gone on."""
+        return self._sinks[1].trouble or self._sinks[2].trouble
 
     async def close(self) -> None:
         """Wait until all output is written."""

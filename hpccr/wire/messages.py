@@ -394,6 +394,13 @@ class OutputTaken(Message, frozen=True):
     count: int
 
 
+class CloseOutput(Message, frozen=True):
+    """Nobody will read the job's stdout (1) or stderr (2) any more: close the pipe's read end, as its reader did.
+    1 stands for both where they are merged."""
+
+    stream: Annotated[int, msgspec.Meta(ge=1, le=2)]
+
+
 class Ping(Message, frozen=True):
     """Heartbeat, both ways; answered by nothing."""
 
@@ -533,7 +540,7 @@ NodeReply = (
 AgentMessage = NodeReply | Join | Output | InputTaken | Ping | Log | Signalled
 """What an agent sends to the coordinator."""
 
-CoordinatorMessage = NodeRequest | Assign | Input | OutputTaken | Ping
+CoordinatorMessage = NodeRequest | Assign | Input | OutputTaken | CloseOutput | Ping
 """What the coordinator sends to an agent."""
 
 ClientMessage = CheckpointRequest | StatusRequest

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +94,60 @@ def test_output_redirected_in_the_script(jobs: Jobs) -> None:
     job.open_gate()
     job.wait_success()
     assert result.read_text() == (twin.directory / "result.txt").read_text()
+
+
+LINES = """\
+number=0
+until [ -e gate ]; do
+    number=$((number + 1))
+    printf '%d %01000d\\n' $number 0
+    sleep 0.02
+done
+"""
+
+
+def check_lines(output: Path) -> None:
+    lines = output.read_text().splitlines()
+    assert lines == [f"{number + 1} {0:01000}" for number in range(len(lines))] and lines
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_output(jobs: Jobs, cluster: Cluster) -> None:
+    """The job waits, and is not checkpointed; when there is room again it goes on as if nothing had been."""
+    with cluster.small_share("output", "4m", "user1") as share:
+        job = jobs.submit(f"bash lines.sh >> {share}/out.txt", nodes=1, tasks=1, files={"lines.sh": LINES})
+        output, filler = cluster.here(share) / "out.txt", cluster.here(share) / "filler"
+        job.wait_event("started")
+        grows(output)
+        space = os.statvfs(output.parent)
+        cluster.write(filler, bytes(space.f_bavail * space.f_frsize), "user1")
+        assert "No space left on device" in job.wait_event("warning")["text"]
+        refused = job.hpccr("checkpoint")
+        assert refused.returncode == 1 and "output cannot be written" in refused.stderr, refused.stderr
+        filler.unlink()
+        assert "nothing is missing" in job.wait_event("warning", 2)["text"]
+        job.requeue()
+        grows(output)
+        job.open_gate()
+        job.wait_success()
+        check_lines(output)
+
+
+def grows(output: Path) -> None:
+    size = output.stat().st_size if output.exists() else 0
+    wait_for("more output", lambda: output.exists() and output.stat().st_size > size)
+
+
+def test_output_of_a_job_that_starts_from_the_beginning_again(jobs: Jobs) -> None:
+    """Requeued without a checkpoint to go on from, it prints what a single run prints, where it is appended too."""
+    job = jobs.submit("--fresh bash lines.sh", nodes=1, tasks=1, files={"lines.sh": LINES})
+    job.wait_event("started")
+    grows(job.output)
+    job.hpccr_ok("requeue")
+    job.wait_event("started", 2)
+    grows(job.output)
+    job.open_gate()
+    job.wait_success()
+    check_lines(job.output)
 
 
 # --- exit codes and signals -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from hpccr.agent.stdio import WINDOW, JobPipes
-from hpccr.coordinator.streams import Sink, Source, same_file, stdin_kind
+from hpccr.coordinator import sink as sink_module
+from hpccr.coordinator.sink import Sink
+from hpccr.coordinator.streams import Source, same_file, stdin_kind
 from hpccr.model import Stream
 from hpccr.wire import messages as m
 
@@ -27,13 +30,39 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def use_sink(fd: int, journal: Path | None, use: Callable[[Sink], Awaitable[None]]) -> int:
-    taken: list[int] = []
-    sink = Sink(fd, taken=taken.append, journal=journal)
-    await use(sink)
-    await sink.close()
-    await asyncio.sleep(0)
-    return sum(taken)
+class Told:
+    """What a sink said."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.warnings: list[str] = []
+        self.broken = 0
+
+    def sink(self, fd: int, journal: Path | None) -> Sink:
+        def taken(count: int) -> None:
+            self.taken += count
+
+        def broken() -> None:
+            self.broken += 1
+
+        return Sink(fd, taken=taken, warn=self.warnings.append, broken=broken, journal=journal)
+
+
+def use_sink(fd: int, journal: Path | None, use: Callable[[Sink], Awaitable[object]]) -> Told:
+    told = Told()
+
+    async def run() -> None:
+        sink = told.sink(fd, journal)
+        await use(sink)
+        await sink.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    return told
+
+
+def at(path: Path, position: int, *foreign: tuple[int, int]) -> Stream:
+    return Stream(position, foreign, path.stat().st_ino, str(path))
 
 
 def test_a_mark_counts_what_was_put_before_it_and_nothing_after(tmp_path: Path) -> None:
@@ -45,9 +74,9 @@ def test_a_mark_counts_what_was_put_before_it_and_nothing_after(tmp_path: Path) 
         mark = asyncio.ensure_future(sink.mark())
         await asyncio.sleep(0)
         sink.put(b"b" * 100_000)
-        assert await mark == Stream(16 + 100_000)
+        assert await mark == at(tmp_path / "out", 16 + 100_000)
 
-    assert asyncio.run(use_sink(fd, None, use)) == 200_000
+    assert use_sink(fd, None, use).taken == 200_000
     assert (tmp_path / "out").stat().st_size == 200_016
 
 
@@ -57,14 +86,13 @@ def test_a_pipe_has_no_position() -> None:
     async def use(sink: Sink) -> None:
         sink.put(b"x")
         assert await sink.mark() == Stream(None)
-        assert "cannot be taken back" in sink.cut_back(Stream(None))
-        assert sink.cut_back(Stream(None)) == ""  # it is said once
+        assert not sink.rewinds
 
-    asyncio.run(use_sink(writer, None, use))
+    use_sink(writer, None, use)
     assert os.read(reader, 10) == b"x"
 
 
-def test_a_reader_that_is_gone_drops_the_rest_but_takes_it() -> None:
+def test_a_reader_that_is_gone_is_told_for_all_that_comes() -> None:
     reader, writer = os.pipe()
     os.close(reader)
 
@@ -74,7 +102,90 @@ def test_a_reader_that_is_gone_drops_the_rest_but_takes_it() -> None:
         await sink.mark()
         assert sink.error is not None
 
-    assert asyncio.run(use_sink(writer, None, use)) == 20
+    told = use_sink(writer, None, use)
+    assert (told.taken, told.broken, len(told.warnings)) == (20, 2, 1)
+
+
+class Full:
+    """os.write() of a disk that has no room for one file until it is given some; each write is short."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
+        self.room = 0
+        self.asked = 0
+        self._fd = fd
+        self._write = os.write
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, fd: int, data: bytes) -> int:
+        if fd != self._fd:
+            return self._write(fd, data)
+        self.asked += 1
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(fd, data[: min(self.room, 1000)])
+        self.room -= written
+        return written
+
+
+def test_a_full_disk_is_waited_for_and_nothing_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink_module, "RETRY", 0.001)
+    fd = open_output(tmp_path / "out", append=True)
+    disk = Full(monkeypatch, fd)
+    data = os.urandom(5000)
+
+    async def use(sink: Sink) -> None:
+        sink.put(data)
+        sink.put(b"end")
+        disk.room = 1500
+        await until(lambda: "No space" in sink.trouble)
+        disk.room = 10_000
+        assert (await sink.mark()).position == 5003
+        assert not sink.trouble and sink.error is None
+
+    told = use_sink(fd, None, use)
+    assert (tmp_path / "out").read_bytes() == data + b"end"
+    assert told.taken == 5003 and not told.broken
+    assert "waits" in told.warnings[0] and "nothing is missing" in told.warnings[-1]
+
+
+def test_what_a_full_disk_did_not_take_is_dropped_by_a_cut_and_by_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    fd = open_output(out, append=True)
+    disk = Full(monkeypatch, fd)
+    told = Told()
+
+    async def run() -> None:
+        sink = told.sink(fd, None)
+        disk.room = 4
+        sink.put(b"one\ntwo\n")
+        await until(lambda: bool(sink.trouble))
+        sink.cut_back(at(out, 4))
+        assert (await sink.mark()).position == 4
+        sink.put(b"for ever")
+        await until(lambda: bool(sink.trouble))
+        closing = asyncio.create_task(sink.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE))
+    assert out.read_bytes() == b"one\n"
+
+
+def test_a_file_at_its_limit_ends_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = open_output(tmp_path / "out", append=True)
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "write", full)
+
+    async def use(sink: Sink) -> None:
+        sink.put(b"x")
+
+    assert use_sink(fd, None, use).broken == 1
 
 
 @pytest.mark.parametrize("append", [True, False])
@@ -85,15 +196,79 @@ def test_cut_back_removes_what_came_after_the_checkpoint(tmp_path: Path, append:
     async def first(sink: Sink) -> None:
         sink.put(b"one\ntwo\nthree\n")
 
-    asyncio.run(use_sink(fd, tmp_path / "journal", first))
+    use_sink(fd, tmp_path / "journal", first)
     os.write(fd, b"prelude of the requeued script\n")
 
     async def again(sink: Sink) -> None:
-        assert sink.cut_back(Stream(8)) == ""
+        sink.cut_back(at(out, 8))
         sink.put(b"three again\n")
 
-    asyncio.run(use_sink(fd, tmp_path / "journal", again))
+    assert not use_sink(fd, tmp_path / "journal", again).warnings
     assert out.read_bytes() == b"one\ntwo\nthree again\n"
+
+
+@pytest.mark.parametrize("append", [True, False])
+def test_a_start_from_the_beginning_takes_the_first_ones_output_back(tmp_path: Path, append: bool) -> None:
+    """The script is requeued before there is a checkpoint; without O_APPEND it empties the file itself."""
+    out, journal = tmp_path / "out", tmp_path / "journal"
+    fd = open_output(out, append=append)
+    os.write(fd, b"head\n")
+    began: list[Stream] = []
+
+    async def first(sink: Sink) -> None:
+        began.append(sink.position)
+        sink.cut_back(began[0], start=True)
+        sink.put(b"one\ntwo\n")
+
+    use_sink(fd, journal, first)
+    if not append:
+        os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, b"head\n")
+
+    async def again(sink: Sink) -> None:
+        sink.cut_back(began[0], start=True)
+        sink.put(b"1\n2\n3\n")
+
+    assert not use_sink(fd, journal, again).warnings
+    assert out.read_bytes() == b"head\n1\n2\n3\n"
+    if append:
+        return
+    # The copy is of the second start only: after a requeue that restores, its lines are put back.
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, b"head\n")
+    assert not use_sink(fd, journal, lambda sink: cut(sink, at(out, 9))).warnings
+    assert out.read_bytes() == b"head\n1\n2\n"
+
+
+async def cut(sink: Sink, position: Stream) -> None:
+    sink.cut_back(position)
+
+
+def test_another_file_is_not_cut(tmp_path: Path) -> None:
+    """`hpccr restore JOB >> all.log`."""
+    (tmp_path / "out").write_bytes(b"one\ntwo\n")
+    fd = open_output(tmp_path / "all.log", append=True)
+    os.write(fd, b"of somebody else\n")
+
+    async def use(sink: Sink) -> None:
+        sink.cut_back(at(tmp_path / "out", 4))
+        sink.put(b"two\n")
+        assert (await sink.mark()).path == str(tmp_path / "all.log")
+
+    (warning,) = use_sink(fd, None, use).warnings
+    assert str(tmp_path / "out") in warning and str(tmp_path / "all.log") in warning
+    assert (tmp_path / "all.log").read_bytes() == b"of somebody else\ntwo\n"
+
+
+def test_a_copied_file_of_the_same_name_is_cut(tmp_path: Path) -> None:
+    """The job was taken to another cluster with its directory."""
+    out = tmp_path / "out"
+    out.write_bytes(b"one\ntwo\n")
+    position = Stream(4, (), out.stat().st_ino + 1, str(out))
+    assert not use_sink(open_output(out, append=True), None, lambda sink: cut(sink, position)).warnings
+    assert out.read_bytes() == b"one\n"
 
 
 def test_what_a_truncating_redirection_took_is_put_back(tmp_path: Path) -> None:
@@ -105,35 +280,62 @@ def test_what_a_truncating_redirection_took_is_put_back(tmp_path: Path) -> None:
         sink.put(b"one\n")
         sink.put(b"two\nlost\n")
 
-    asyncio.run(use_sink(fd, journal, first))
+    use_sink(fd, journal, first)
     os.close(fd)
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.write(fd, b"head\n")
 
     async def again(sink: Sink) -> None:
-        assert sink.cut_back(Stream(13)) == ""
+        sink.cut_back(at(out, 13))
         sink.put(b"three\n")
 
-    asyncio.run(use_sink(fd, journal, again))
+    assert not use_sink(fd, journal, again).warnings
     assert out.read_bytes() == b"head\none\ntwo\nthree\n"
     # and once more, from a later position: the copy has followed the cut
     os.ftruncate(fd, 5)
     os.lseek(fd, 5, os.SEEK_SET)
-    asyncio.run(use_sink(fd, journal, lambda sink: third(sink)))
+    assert not use_sink(fd, journal, lambda sink: cut(sink, at(out, 19))).warnings
     assert out.read_bytes() == b"head\none\ntwo\nthree\n"
 
 
-async def third(sink: Sink) -> None:
-    assert sink.cut_back(Stream(19)) == ""
+def test_a_full_store_costs_the_copy_and_not_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, journal = tmp_path / "out", tmp_path / "journal"
+    fd = open_output(out, append=False)
+    write = os.write
+
+    def no_room(into: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{into}") == str(journal):
+            if os.fstat(into).st_size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            data = data[:2]
+        return write(into, data)
+
+    monkeypatch.setattr(os, "write", no_room)
+
+    async def use(sink: Sink) -> None:
+        for line in (b"one\n", b"two\n"):
+            sink.put(line)
+
+    told = use_sink(fd, journal, use)
+    assert out.read_bytes() == b"one\ntwo\n" and journal.read_bytes() == b"on"
+    assert len(told.warnings) == 1 and "copy" in told.warnings[0] and not told.broken
+    monkeypatch.undo()
+
+    async def again(sink: Sink) -> None:
+        sink.cut_back(at(out, 8))
+        sink.put(b"three\n")
+
+    # What is missing in the copy is known to be missing.
+    assert not use_sink(fd, journal, again).warnings
+    os.ftruncate(fd, 0)
+    (warning,) = use_sink(fd, journal, lambda sink: cut(sink, at(out, 14))).warnings
+    assert "lines are lost" in warning
 
 
 def test_a_truncated_append_file_is_told(tmp_path: Path) -> None:
     fd = open_output(tmp_path / "out", append=True)
-
-    async def use(sink: Sink) -> None:
-        assert "open-mode=append" in sink.cut_back(Stream(100))
-
-    asyncio.run(use_sink(fd, tmp_path / "journal", use))
+    told = use_sink(fd, tmp_path / "journal", lambda sink: cut(sink, at(tmp_path / "out", 100)))
+    assert "open-mode=append" in told.warnings[0]
 
 
 def read_source(data: bytes, skip: int, tmp_path: Path, *, as_file: bool) -> bytes:
@@ -285,13 +487,29 @@ def test_slurms_notice_of_a_requeue_is_taken_out_and_other_writers_stay(tmp_path
         marks.append(await sink.mark())
         os.write(other, notice)
 
-    asyncio.run(use_sink(fd, None, first))
+    use_sink(fd, None, first)
     assert marks[0].position == len(b"one\nsaid by the script\n" + notice + b"two\n")
 
     async def again(sink: Sink) -> None:
-        assert sink.cut_back(marks[0]) == ""
+        sink.cut_back(marks[0])
         sink.put(b"three\n")
         assert (await sink.mark()).position == out.stat().st_size
 
-    asyncio.run(use_sink(fd, None, again))
+    assert not use_sink(fd, None, again).warnings
     assert out.read_bytes() == b"one\nsaid by the script\ntwo\nthree\n"
+
+
+def test_a_stream_that_nobody_reads_gives_the_job_a_broken_pipe() -> None:
+    async def run() -> None:
+        job = Job(stdin=False, merged=False)
+        os.write(job.ends[0], b"unread")
+        job.pipes.close_output(1)
+        job.pipes.close_output(1)
+        with pytest.raises(BrokenPipeError):
+            os.write(job.ends[0], b"x")
+        os.write(job.ends[1], b"err")
+        await until(lambda: job.output(2) == b"err")
+        job.pipes.drain()
+        job.pipes.close()
+
+    asyncio.run(run())
