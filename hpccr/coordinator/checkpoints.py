@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -68,13 +69,21 @@ class Checkpoints:
         return await self._made(boot, kill=False, wait=request.wait, reason=reason, post=post, quiesce=request.quiesce)
 
     async def leave(
-        self, boot: Boot, reason: str, post: Post = nobody, *, quiesce: str = "", hurry: bool = False
+        self,
+        boot: Boot,
+        reason: str,
+        post: Post = nobody,
+        *,
+        quiesce: str = "",
+        hurry: bool = False,
+        by: float = math.inf,
     ) -> m.CheckpointReply:
         """The last checkpoint of this run of the job, then a requeue. Raises HpccrError; the job then goes on.
 
         The job is killed for it, and gone if it does not come into the store: so when that would be much, there is one
         before it that the job runs on after. hurry: there is no time for that, nor for ranks that are late at a safe
-        point.
+        point. by: when it must be requeued at the latest, durable or not: flushes go on without the job, and its next
+        run waits for them.
         """
         if self.leaving:
             raise LockedError("the job is being requeued already")
@@ -84,7 +93,9 @@ class Checkpoints:
             now = time.monotonic()
             if not hurry and not safe(now, began=boot.began or now, durable=self._safe_at):
                 await self._made(boot, kill=False, wait=True, reason=reason, post=post, quiesce=quiesce)
-            reply = await self._made(boot, kill=True, wait=True, reason=reason, post=post, quiesce=quiesce, hurry=hurry)
+            reply = await self._made(
+                boot, kill=True, wait=True, reason=reason, post=post, quiesce=quiesce, hurry=hurry, by=by
+            )
         except BaseException:
             self.leaving = False
             raise
@@ -128,12 +139,20 @@ class Checkpoints:
         post: Post,
         quiesce: str = "",
         hurry: bool = False,
+        by: float = math.inf,
     ) -> m.CheckpointReply:
-        """Make a checkpoint and, if asked, see it into the store, telling `post` of the progress."""
+        """Make a checkpoint and, if asked, see it into the store until then, telling `post` of the progress."""
         work = self._checkpoint(boot, kill=kill, reason=reason, quiesce=quiesce, hurry=hurry)
         snapshot = await _watched(work, boot, post)
         if wait:
-            await _watched(boot.flushes.durable(snapshot.manifest.sequence), boot, post)
+            durable = asyncio.wait_for(
+                boot.flushes.durable(snapshot.manifest.sequence), None if by == math.inf else max(0.0, by - time.time())
+            )
+            try:
+                await _watched(durable, boot, post)
+            except TimeoutError:
+                wait = False
+                self._warn(f"checkpoint {snapshot.manifest.sequence} is still being written; there is no time to wait")
         return m.CheckpointReply(
             snapshot.manifest.sequence,
             snapshot.manifest.freeze_seconds,

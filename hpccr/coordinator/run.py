@@ -28,7 +28,7 @@ from hpccr.coordinator.plan import Phase
 from hpccr.coordinator.recovery import Next, after, past
 from hpccr.coordinator.report import report
 from hpccr.coordinator.requests import Command
-from hpccr.coordinator.schedule import parse_interval
+from hpccr.coordinator.schedule import costs_so_far, parse_interval
 from hpccr.coordinator.server import Member, Server
 from hpccr.coordinator.service import Boot, failure_of
 from hpccr.coordinator.site import Site
@@ -46,6 +46,8 @@ from hpccr.wire.handshake import new_secret
 
 log = logging.getLogger(__name__)
 
+LAST = 10.0
+"""Seconds before the time limit ends the job at which it is requeued at the latest: Slurm must hear of it before."""
 OURS = {signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
 """Signals that say something to us; the others that the launch root passes on are the job's business."""
 ENDING = {signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -240,7 +242,9 @@ class Coordinator:
         """The command's exit code, or None when the job was checkpointed to be started again."""
         what = command(self._secret)
         self._record("starting", argv=what.argv)
-        before = past([] if self._asked else await asyncio.to_thread(events.read, self._step.events_path))
+        happened = [] if self._asked else await asyncio.to_thread(events.read, self._step.events_path)
+        self._checkpoints.costs = costs_so_far(happened)
+        before = past(happened)
         candidates = Candidates(
             self._step, self._loud, afresh=self._afresh(), again=self._again(), fruitless=before.fruitless
         )
@@ -397,9 +401,10 @@ class Coordinator:
             rate=await failure_rate(config, self._site.failure_rate),
             nodes=len(set(self._placement)),
             costs=lambda: self._checkpoints.costs,
+            end=self._site.known_end,
             end_time=self._site.end_time if config.at_limit == "requeue" else None,
-            checkpoint=lambda: self._checkpoints.make(boot, "interval", wait=config.backlog == "wait"),
-            leave=lambda: self._checkpoints.leave(boot, "time limit", hurry=True),
+            checkpoint=lambda reason: self._checkpoints.make(boot, reason, wait=config.backlog == "wait"),
+            leave=lambda end: self._checkpoints.leave(boot, "time limit", hurry=True, by=end - LAST),
             log_choice=self._note,
             planned=self._planned,
         ).run()

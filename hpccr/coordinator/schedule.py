@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hpccr.errors import UsageError
 
@@ -18,6 +20,10 @@ MARGIN = 20.0
 """Seconds before the time limit that are kept whatever the last checkpoint took: Slurm's clock ticks in such steps."""
 FACTOR = 2.0
 """How much longer than the slowest checkpoint so far the last one may take."""
+RECENT = 10
+"""Checkpoints of earlier runs of the job that tell what one takes: storage that once hung does not count for ever."""
+TRIALS = 10
+"""Into how many parts a run's time is cut; at the end of the first one a checkpoint tells what one takes."""
 
 _UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIMPLE = re.compile(r"^(\d+(?:\.\d+)?)([smhd]?)$")
@@ -82,6 +88,30 @@ class Costs:
         return Costs(self.frozen, max(self.whole, seconds))
 
 
+def costs_so_far(happened: Iterable[Mapping[str, Any]]) -> Costs:
+    """What the last RECENT checkpoints of a step took, by its events. One whose end was not seen took at least the
+    time until its release."""
+    freezes: dict[int, float] = {}
+    wholes: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    for event in happened:
+        number = event.get("sequence")
+        if not isinstance(number, int):
+            continue
+        if event["event"] == "released":
+            freezes.pop(number, None)
+            freezes[number] = float(event.get("freeze_seconds", 0))
+            wholes[number] = float(event.get("total_seconds", 0))
+            ends[number] = float(event["time"])
+        elif event["event"] == "durable" and number in ends:
+            wholes[number] += max(0.0, float(event["time"]) - ends.pop(number))
+    recent = list(freezes)[-RECENT:]
+    return Costs(
+        frozen=max((freezes[number] for number in recent), default=0.0),
+        whole=max((wholes[number] for number in recent), default=0.0),
+    )
+
+
 def next_periodic(interval: Interval, *, last: float, costs: Costs, mtbf: float) -> float:
     """When the next periodic checkpoint is due. last: when the last was released, or the job began to run."""
     seconds = interval.seconds if interval.seconds is not None else optimal(costs.frozen or 1.0, mtbf)
@@ -95,3 +125,15 @@ def last_moment(end_time: float, *, running_since: float, costs: Costs) -> float
     """
     margin = MARGIN + FACTOR * costs.whole
     return max(end_time - margin, running_since + (end_time - running_since) / 2)
+
+
+def next_trial(end_time: float, *, running_since: float, costs: Costs, trials: int) -> float | None:
+    """When to make a checkpoint for no other reason than that none has been made, after `trials` that failed; None
+    where it is known what one takes.
+
+    What the one before the time limit takes could not be guessed: a job may have filled its nodes' memory or not. And
+    what keeps a job from being checkpointed at all is told while there is time to do something about it.
+    """
+    if costs.frozen or trials >= TRIALS - 1:
+        return None
+    return running_since + max(SHORTEST, (end_time - running_since) * (trials + 1) / TRIALS)

@@ -23,6 +23,8 @@ class Site:
     def __init__(self, nodes: tuple[str, ...]) -> None:
         """nodes: where capsules may go; the first is this one."""
         self.nodes = nodes
+        self.known_end: float | None = None
+        """When the time limit was to end the job when this run began."""
 
     def step_command(self, nodes: Sequence[str], argv: Sequence[str]) -> list[str]:
         """The command that runs argv once on each of the nodes. Raises HpccrError."""
@@ -78,6 +80,7 @@ class SlurmSite(Site):
                 hint="call `hpccr run` in the batch script, or under `srun --pty` in an salloc",
             )
         super().__init__((here, *(node for node in allocation.nodes if node != here)))
+        self.known_end = allocation.end_time
         self._allocation = allocation
         self._query = query
         self._quick = quick
