@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from hpccr.cli.jobs import job_of
 from hpccr.errors import HpccrError, LockedError, PeerLostError, error_for
 from hpccr.model import EndpointRecord
-from hpccr.slurm.query import SlurmError, job_query
 from hpccr.store.layout import Step
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
@@ -46,14 +46,10 @@ def _not_running(step: Step) -> NotRunningError:
     if record is not None and record.exit_code is not None:
         return NotRunningError(f"step {step.key} has finished with exit code {record.exit_code}")
     what, hint = "is not running", "`hpccr status` shows its last checkpoint; a requeued job goes on from it by itself"
-    if step.key.cluster != "local":
-        try:
-            info = job_query(timeout=10).job(step.key.job)
-            states = "+".join(sorted(info.states))
-            what += f": its job is {states}" + (f" ({info.reason})" if info.reason not in ("", "None") else "")
-        except SlurmError:
-            pass  # forgotten by Slurm, or no Slurm here: what the store says is all there is
-    else:
+    if (info := job_of(step)) is not None:
+        states = "+".join(sorted(info.states))
+        what += f": its job is {states}" + (f" ({info.reason})" if info.reason not in ("", "None") else "")
+    if step.key.cluster == "local":
         hint = f"`hpccr restore {step.key.job_directory}` goes on from its newest checkpoint"
     return NotRunningError(f"step {step.key} {what}", hint=hint)
 
@@ -92,13 +88,8 @@ async def _ask[R: (m.CheckpointReply, m.StatusReply)](
 
 def _suspended(step: Step) -> HpccrError | None:
     """Why a coordinator does not answer that is stopped with its job."""
-    if step.key.cluster == "local":
-        return None
-    try:
-        info = job_query(timeout=10).job(step.key.job)
-    except SlurmError:
-        return None
-    if "SUSPENDED" not in info.states:
+    info = job_of(step)
+    if info is None or "SUSPENDED" not in info.states:
         return None
     return LockedError(
         f"job {step.key.job} is suspended", hint="it can be checkpointed when it has been resumed; nothing is lost"

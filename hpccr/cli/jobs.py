@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hpccr.config import Config
 from hpccr.errors import CorruptError, HpccrError, NoCheckpointError, UsageError
 from hpccr.slurm.query import JobInfo, SlurmError, UnknownJobError, job_query
+from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, Checkpoint, Job, State, Step, Store
 
 
@@ -42,8 +43,9 @@ def open_store(args: argparse.Namespace, config: Config) -> Store:
 def find_job(args: argparse.Namespace, config: Config) -> Job:
     """The job that the command line means. Raises HpccrError; for one that is not in the store it says whose it is."""
     store = open_store(args, config)
+    name = _job_id(args.job)
     try:
-        return store.find(_job_id(args.job), cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
+        return store.find(name, cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
     except PermissionError as error:
         raise HpccrError(
             f"cannot read the store: {error.filename}: {error.strerror}", hint="a store can only be read by its owner"
@@ -51,6 +53,9 @@ def find_job(args: argparse.Namespace, config: Config) -> Job:
     except UsageError:
         raise
     except HpccrError as error:
+        others = [job for job in elsewhere.jobs(store) if name in (job.job, job.path.name)]
+        if len(others) == 1:
+            return others[0]
         raise _explain_missing(args.job, store, error) from None
 
 
@@ -162,14 +167,36 @@ def summarise(checkpoint: Checkpoint) -> Summary:
     )
 
 
-def own_jobs() -> dict[str, JobInfo] | None:
-    """The caller's jobs that Slurm has not forgotten, by job id; None if there is no Slurm that answers."""
+@dataclass(frozen=True)
+class OwnJobs:
+    """The caller's jobs that Slurm has not forgotten, by job id, and the cluster that they are of."""
+
+    cluster: str
+    jobs: dict[str, JobInfo]
+
+
+def own_jobs() -> OwnJobs | None:
+    """None if there is no Slurm that answers."""
     if shutil.which("squeue") is None:
         return None
+    query = job_query(timeout=10)
     try:
-        return {info.job: info for info in job_query(timeout=10).jobs(_me())}
+        found = query.jobs(_me())
+        cluster = next((info.cluster for info in found if info.cluster), "") or query.cluster()
     except SlurmError:
         return None
+    return OwnJobs(cluster, {info.job: info for info in found})
+
+
+def job_of(step: Step) -> JobInfo | None:
+    """What Slurm says of a step's job; None if it has forgotten it, or is another cluster's Slurm, or none."""
+    if step.key.cluster == "local":
+        return None
+    try:
+        info = job_query(timeout=10).job(step.key.job)
+    except SlurmError:
+        return None
+    return info if info.cluster in ("", step.key.cluster) else None
 
 
 def seen_state(state: str, info: JobInfo | None) -> str:

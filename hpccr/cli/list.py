@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from hpccr.cli.jobs import (
+    OwnJobs,
     Summary,
     add_json_argument,
     add_store_argument,
@@ -22,6 +23,7 @@ from hpccr.config import Config
 from hpccr.errors import CorruptError
 from hpccr.model import StepRecord
 from hpccr.slurm.query import WAITING, JobInfo
+from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, State, Step
 
 UNPROTECTED = "unprotected"
@@ -41,10 +43,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
     """0, also for an empty store."""
     store = open_store(args, config)
     known = own_jobs()
-    steps = [(step, step_state(step)) for job in store.jobs() for step in job.steps()]
-    listed = {step.key.job for step, _ in steps}
+    steps = [(step, step_state(step)) for job in (*store.jobs(), *elsewhere.jobs(store)) for step in job.steps()]
     found = [_row(step, state, known) for step, state in steps if state != FINISHED or args.all]
-    found += [_unprotected(info) for info in (known or {}).values() if _ignored(info) and info.job not in listed]
+    if known is not None:
+        listed = {step.key.job for step, _ in steps if step.key.cluster == known.cluster}
+        found += [_not_begun(info) for info in known.jobs.values() if _waits(info) and info.job not in listed]
     if args.json:
         print_json(found)
         return 0
@@ -64,10 +67,10 @@ def run(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _row(step: Step, state: str, known: dict[str, JobInfo] | None) -> dict[str, Any]:
+def _row(step: Step, state: str, known: OwnJobs | None) -> dict[str, Any]:
     record = _record(step)
-    if known is not None and step.key.cluster != "local":
-        state = seen_state(state, known.get(step.key.job))
+    if known is not None and step.key.cluster == known.cluster:
+        state = seen_state(state, known.jobs.get(step.key.job))
     return {
         "job": step.key.job,
         "cluster": step.key.cluster,
@@ -87,18 +90,21 @@ def _record(step: Step) -> StepRecord | None:
         return None
 
 
-def _ignored(info: JobInfo) -> bool:
-    """A job that was submitted with --checkpoint and runs, but nobody on its node has taken notice of that."""
-    return info.running and info.comment == WAITING and time.time() - (info.start_time or 0) > TO_START
+def _waits(info: JobInfo) -> bool:
+    """A job that was submitted with --checkpoint and has not begun to run under hpccr; it may just be starting."""
+    if info.comment != WAITING:
+        return False
+    return "PENDING" in info.states or (info.running and time.time() - (info.start_time or 0) > TO_START)
 
 
-def _unprotected(info: JobInfo) -> dict[str, Any]:
+def _not_begun(info: JobInfo) -> dict[str, Any]:
+    """One that runs without: nobody on its node has taken notice of what was asked for."""
     return {
         "job": info.job,
         "cluster": info.cluster,
         "step": None,
         "name": f"{info.cluster}-{info.job}",
-        "state": UNPROTECTED,
+        "state": UNPROTECTED if info.running else "queued",
         "last": None,
         "due": None,
         "path": None,

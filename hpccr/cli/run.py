@@ -20,17 +20,18 @@ from msgspec import structs
 
 from hpccr.agent.service import node_name
 from hpccr.cli.embedded import node_service
-from hpccr.config import Config
+from hpccr.config import Config, load
 from hpccr.coordinator.mpienv import SECRET_VARIABLE, capsule_environment, inside
 from hpccr.coordinator.requests import Command
 from hpccr.coordinator.run import Coordinator
 from hpccr.coordinator.schedule import parse_interval
 from hpccr.coordinator.script import keep_script
 from hpccr.coordinator.site import Site, SlurmSite
-from hpccr.errors import SupersededError, UnsupportedError, UsageError
+from hpccr.errors import HpccrError, SupersededError, UnsupportedError, UsageError
 from hpccr.model import StepKey
 from hpccr.slurm.commands import CommandQuery
 from hpccr.slurm.env import Allocation
+from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, Step, Store
 from hpccr.store.publish import FILE_MODE, make_directory
 from hpccr.store.steps import claim_step
@@ -90,12 +91,14 @@ def run(args: argparse.Namespace, config: Config) -> int:
         key = StepKey("local", f"{time.strftime('%Y%m%d')}_{secrets.token_hex(3)}", "0")
         step = store.step(key)
         make_directory(step.path)
+        _tell_usual_store(args, store, step)
         if os.isatty(2):
             print(
                 f"hpccr: this is {key.job_directory}; checkpoint it with: hpccr checkpoint {key.job}", file=sys.stderr
             )
         return start(config, step, argv, allocation=None, resume=False, batch=args.batch, verbose=args.verbose)
     step = claim_step(store, allocation.cluster, allocation.job, allocation.restarts)
+    _tell_usual_store(args, store, step)
     record = step.record()
     if record is not None and record.state == FINISHED and record.exit_code is not None and not args.fresh:
         log.info("step %s has finished before the requeue: it is not run again", step.key)
@@ -119,6 +122,17 @@ def run(args: argparse.Namespace, config: Config) -> int:
         batch=args.batch,
         verbose=args.verbose,
     )
+
+
+def _tell_usual_store(args: argparse.Namespace, store: Store, step: Step) -> None:
+    """Let `hpccr list` and the other commands find the job without being told of its store."""
+    usual = Store.at(load(args.config).store.dir)
+    if usual == store:
+        return
+    try:
+        elsewhere.remember(usual, store.job(step.key.cluster, step.key.job))
+    except (OSError, HpccrError) as error:
+        log.warning("%s cannot say where the job's checkpoints are: %s", usual.root, error)
 
 
 def _check_trees(config: Config) -> None:

@@ -109,9 +109,14 @@ class SlurmSite(Site):
 
     def show(self, text: str) -> None:
         # Users have a comment of their own: that one stays.
-        comment = self._query.job(self._allocation.job).comment
+        job = self._allocation.job
+        comment = self._query.job(job).comment
         if not comment or comment.startswith(COMMENT):
-            self._query.set_comment(self._allocation.job, COMMENT + text)
+            self._query.set_comment(job, COMMENT + text)
+            return
+        extra = self._query.extra_text(job)
+        if not extra or extra.startswith(COMMENT):
+            self._query.set_extra_text(job, COMMENT + text)
 
     def check_requeue(self) -> None:
         check_requeue(self._query.job(self._allocation.job))

@@ -69,6 +69,19 @@ class CommandQuery:
         check_job(job)
         self._run(["scontrol", "update", f"JobId={job}", f"Comment={one_line(text)}"])
 
+    def extra_text(self, job: str) -> str:
+        check_job(job)
+        data = _decoded(self._run(["scontrol", "show", "job", job, "--json"]), f"job {job}")
+        found = data.get("jobs")
+        return _text(found[0].get("extra")) if found else ""
+
+    def set_extra_text(self, job: str, text: str) -> None:
+        check_job(job)
+        self._run(["scontrol", "update", f"JobId={job}", f"Extra={one_line(text)}"])
+
+    def cluster(self) -> str:
+        return _cluster(_decoded(self._run(["scontrol", "ping", "--json"]), "its cluster"))
+
     def why_signalled(self, job: str, restarts: int) -> Cause:
         return cause(self.job(job), restarts)
 
@@ -136,19 +149,30 @@ def _clean(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _jobs(output: bytes, what: str) -> list[JobInfo]:
+def _decoded(output: bytes, what: str) -> dict[str, Any]:
     try:
-        data = msgspec.json.decode(output, type=dict[str, Any])
+        return msgspec.json.decode(output, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise _not_understood(what, error) from None
+
+
+def _not_understood(what: str, error: Exception) -> SlurmError:
+    return SlurmError(
+        f"cannot understand what Slurm says of {what}: {type(error).__name__}: {error}",
+        hint="is Slurm's JSON plugin (serializer/json) installed? `scontrol show job --json` must print JSON",
+    )
+
+
+def _jobs(output: bytes, what: str) -> list[JobInfo]:
+    data = _decoded(output, what)
+    try:
         jobs = data["jobs"]
         if not jobs and data.get("errors"):
             first = data["errors"][0]
             raise SlurmError(f"Slurm on {what}: {first.get('description') or first.get('error') or first}")
         return [_job(job, _cluster(data)) for job in jobs]
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SlurmError(
-            f"cannot understand what Slurm says of {what}: {type(error).__name__}: {error}",
-            hint="is Slurm's JSON plugin (serializer/json) installed? `scontrol show job --json` must print JSON",
-        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_understood(what, error) from None
 
 
 def _job(job: dict[str, Any], cluster: str) -> JobInfo:

@@ -82,6 +82,15 @@ class PyslurmQuery:
     def set_comment(self, job: str, text: str) -> None:
         self._act(job, lambda target: target.modify(self._slurm.JobSubmitDescription(comment=one_line(text))))
 
+    def extra_text(self, job: str) -> str:
+        return self._commands.extra_text(job)
+
+    def set_extra_text(self, job: str, text: str) -> None:
+        self._commands.set_extra_text(job, text)
+
+    def cluster(self) -> str:
+        return self._commands.cluster()
+
     def why_signalled(self, job: str, restarts: int) -> Cause:
         return cause(self.job(job), restarts)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from hpccr.errors import HpccrError
 from hpccr.slurm.nodes import NodeInfo
+
+log = logging.getLogger(__name__)
 
 Cause = Literal["requeue", "preempted", "cancelled", "timeout", "node_fail", "unknown"]
 
@@ -85,6 +88,15 @@ class JobQuery(Protocol):
     def set_comment(self, job: str, text: str) -> None:
         """Set the job's Comment (cut to 1024 bytes), which squeue and scontrol show and a requeue keeps."""
 
+    def extra_text(self, job: str) -> str:
+        """The job's Extra, a second text that scontrol shows and a requeue keeps."""
+
+    def set_extra_text(self, job: str, text: str) -> None:
+        """Set the job's Extra (cut to 1024 bytes)."""
+
+    def cluster(self) -> str:
+        """The name of the cluster that answers."""
+
     def why_signalled(self, job: str, restarts: int) -> Cause:
         """Why the processes of this run of the job got SIGTERM: cause() of what Slurm says now."""
 
@@ -98,7 +110,11 @@ def job_query(*, timeout: float = 30.0) -> JobQuery:
     from hpccr.slurm.library import PyslurmQuery, matching
 
     if not matching():
-        return PyslurmQuery(timeout=timeout)
+        try:
+            return PyslurmQuery(timeout=timeout)
+        except ImportError as error:
+            # Of the right version, but libslurm is elsewhere, or it is for another Python.
+            log.info("pyslurm is not used: %s", error)
     return CommandQuery(timeout=timeout)
 
 

@@ -326,12 +326,13 @@ class Jobs:
         self.cluster.forget_images()
         for user in {job.user for job in self.all}:
             shutil.rmtree(self.cluster.home(user) / self.name, ignore_errors=True)
+            shutil.rmtree(self.cluster.home(user) / STORE / "elsewhere", ignore_errors=True)
         for job in self.all:
             if job.store.exists():
                 shutil.rmtree(job.store)
-            with_parents = job.store.parent
-            if with_parents.is_dir() and not os.listdir(with_parents):
-                with_parents.rmdir()
+            for place in (job.store.parent, self.cluster.home(job.user) / STORE):
+                if place.is_dir() and not os.listdir(place):
+                    place.rmdir()
 
     def report(self, nodes: Sequence[str]) -> str:
         parts = [job.report() for job in self.all]

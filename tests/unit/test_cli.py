@@ -21,7 +21,7 @@ from hpccr.cli.main import VERBS, entry
 from hpccr.cli.nodecheck import NodeReport, compare
 from hpccr.coordinator.status import CheckpointStatus, StepStatus, encode_status
 from hpccr.model import FORMAT, EndpointRecord, StepKey
-from hpccr.store import events, publish
+from hpccr.store import elsewhere, events, publish
 from hpccr.store.layout import Step, Store
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
@@ -228,11 +228,12 @@ def test_list_with_what_slurm_says(hpccr: Call, step: Step, tmp_path: Path) -> N
     """And with the time of the next checkpoint, while the job runs."""
     publish.publish(step.endpoint_path, EndpointRecord(FORMAT, KEY, ("nowhere",), 1, new_secret(), 1, "nowhere"))
     publish.publish(step.record_path, msgspec.structs.replace(record("running"), due=time.time() + 600))
-    squeue = tmp_path / "bin" / "squeue"
 
     def listed(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
-        squeue.write_text(f"#!/bin/sh\nexec /bin/cat <<'END'\n{json.dumps({'jobs': jobs})}\nEND\n")
-        squeue.chmod(0o700)
+        answer = json.dumps({"jobs": jobs, "meta": {"slurm": {"cluster": "tb"}}})
+        for name in ("squeue", "scontrol"):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nexec /bin/cat <<'END'\n{answer}\nEND\n")
+            (tmp_path / "bin" / name).chmod(0o700)
         found: list[dict[str, Any]] = hpccr("list", "--json").json
         return found
 
@@ -249,9 +250,46 @@ def test_list_with_what_slurm_says(hpccr: Call, step: Step, tmp_path: Path) -> N
         slurm_job(20, "RUNNING", comment="hpccr: no checkpoint yet"),
         slurm_job(21, "RUNNING", **(waiting | {"start_time": time.time() - 10})),
     )
-    assert [(row["job"], row["state"]) for row in found] == [("17", "running"), ("18", "unprotected")]
+    shown = [(row["job"], row["state"]) for row in found]
+    assert shown == [("17", "running"), ("18", "unprotected"), ("19", "queued")]
     told = hpccr("list")
-    assert "tb-18" in told.out and "hint: has node7 the plugin?" in told.err
+    assert "tb-18" in told.out and "hint: has node7 the plugin?" in told.err and "job 19" not in told.err
+
+
+def test_a_job_of_another_cluster_is_not_taken_for_the_one_of_its_number(
+    hpccr: Call, step: Step, tmp_path: Path
+) -> None:
+    publish.publish(step.endpoint_path, EndpointRecord(FORMAT, KEY, ("127.0.0.1",), 1, new_secret(), 1, "here"))
+    publish.publish(step.record_path, record("running"))
+    stranger = slurm_job(17, "SUSPENDED", comment="hpccr: waiting to start") | {"cluster": "other"}
+    fake_scontrol(tmp_path, stranger)
+    for jobs in ([stranger], []):
+        answer = json.dumps({"jobs": jobs, "meta": {"slurm": {"cluster": "other"}}})
+        for name in ("squeue", "scontrol"):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nprintf '%s' '{answer}'\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        assert [row["state"] for row in hpccr("list", "--json").json] == ["running"]
+        assert "is suspended" not in hpccr("checkpoint", "17").err
+    step.endpoint_path.unlink()
+    assert "its job is" not in hpccr("checkpoint", "17").err
+
+
+def test_a_job_with_a_store_of_its_own(
+    hpccr: Call, step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual store leads to it, as long as it is there."""
+    usual = Store.at(tmp_path / "usual")
+    elsewhere.remember(usual, Store.at(tmp_path / "store").job("tb", "17"))
+    elsewhere.remember(usual, Store.at(tmp_path / "store").job("tb", "17"))
+    monkeypatch.setenv("HPCCR_STORE_DIR", str(usual.root))
+    (found,) = hpccr("list", "--json").json
+    assert found["name"] == "tb-17" and found["path"] == str(step.path)
+    assert "complete" in hpccr("status", "17").out and "complete" in hpccr("status", "tb-17").out
+    assert hpccr("status", "18").code == 1
+    step.path.parent.rename(tmp_path / "gone")
+    assert hpccr("list", "--json").json == [] and hpccr("status", "17").code == 1
+    elsewhere.remember(usual, Store.at(tmp_path / "store").job("tb", "18"))
+    assert os.listdir(usual.root / "elsewhere") == ["tb-18"]
 
 
 def test_inspect(hpccr: Call, step: Step) -> None:

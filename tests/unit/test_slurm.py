@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpccr.coordinator.site import SlurmSite
 from hpccr.errors import UnsupportedError, UsageError
 from hpccr.slurm import hostlist
 from hpccr.slurm.commands import COMMENT_LIMIT, CommandQuery
 from hpccr.slurm.env import Allocation
-from hpccr.slurm.query import Cause, JobInfo, SlurmError, UnknownJobError, cause
+from hpccr.slurm.library import matching
+from hpccr.slurm.query import Cause, JobInfo, SlurmError, UnknownJobError, cause, job_query
 from hpccr.slurm.steps import agent_step_command, agent_step_environment
 
 
@@ -301,3 +303,38 @@ def test_comments_are_one_line_and_not_too_long(slurm: Fake) -> None:
     (call,) = slurm.called()
     prefix = "scontrol update JobId=3 Comment="
     assert call.startswith(prefix + "a b") and COMMENT_LIMIT - 2 < len(call[len(prefix) :].encode()) <= COMMENT_LIMIT
+
+
+def test_a_users_comment_stays_and_the_checkpoint_is_shown_in_the_extra_text(slurm: Fake) -> None:
+    def shown(**changes: str) -> list[str]:
+        site = SlurmSite(allocation, slurm.answers({"jobs": [JOB | changes], "meta": META}), "node1")
+        slurm.calls.unlink(missing_ok=True)
+        site.show("checkpoint 3")
+        return [call for call in slurm.called() if "update" in call]
+
+    allocation = Allocation.from_environ(BATCH)
+    assert allocation is not None
+    assert shown(comment="") == ["scontrol update JobId=17 Comment=hpccr: checkpoint 3"]
+    assert shown(comment="hpccr: no checkpoint yet") == ["scontrol update JobId=17 Comment=hpccr: checkpoint 3"]
+    for extra in ("", "hpccr: checkpoint 2"):
+        assert shown(comment="mine", extra=extra) == ["scontrol update JobId=17 Extra=hpccr: checkpoint 3"]
+    assert shown(comment="mine", extra="mine too") == []
+
+
+def test_the_cluster_that_answers(slurm: Fake) -> None:
+    assert slurm.answers({"pings": [], "meta": META}).cluster() == "tb"
+
+
+def test_a_pyslurm_that_cannot_be_loaded_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: Fake
+) -> None:
+    """Of the right version by what it says, but its libslurm is not there."""
+    (tmp_path / "pyslurm").mkdir()
+    (tmp_path / "pyslurm" / "__init__.py").write_text("raise ImportError('libslurm.so.42: cannot open')\n")
+    (tmp_path / "pyslurm-24.11.0.dist-info").mkdir()
+    (tmp_path / "pyslurm-24.11.0.dist-info" / "METADATA").write_text("Name: pyslurm\nVersion: 24.11.0\n")
+    slurm.answers("slurm-wlm 24.11.5\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert matching() == ""
+    assert isinstance(job_query(), CommandQuery)
