@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,6 +221,60 @@ def test_what_has_finished_is_not_run_again(jobs: Jobs) -> None:
     job.wait_success()
     assert (job.directory / "first.txt").read_text() == "first\n"
     assert job.said().count("round 5 ") == 1 and "done 80" in job.said()
+
+
+COUNT = """\
+number=0
+until [ -e "$1" ]; do
+    number=$((number + 1))
+    echo "$1 $number"
+    sleep 0.05
+done
+"""
+
+
+def test_two_steps_that_are_both_requeued_from_a_store_of_their_own(jobs: Jobs, cluster: Cluster) -> None:
+    """What Slurm starts again is the script, which comes to its second step once. Commands find the job without being
+    told where its checkpoints are, and what they show of it does not take the user's own comment."""
+    job = jobs.submit(
+        "bash count.sh second",
+        nodes=1,
+        tasks=1,
+        options=("--comment=mine",),
+        environment={"HPCCR_STORE_DIR": f"/shared/home/user1/{jobs.name}/store"},
+        before="hpccr run bash count.sh first",
+        files={"count.sh": COUNT},
+    )
+
+    def hpccr(verb: str, *arguments: str) -> str:
+        return cluster.check("ctl", "hpccr", verb, *arguments, user="user1")
+
+    def shown() -> dict[str, Any]:
+        (found,) = json.loads(cluster.check("ctl", "scontrol", "show", "job", str(job.id), "--json"))["jobs"]
+        return found  # type: ignore[no-any-return]
+
+    for number, name in enumerate(("first", "second")):
+        job.wait_event("started", step=number)
+        grows(job.output)
+        (row,) = json.loads(hpccr("list", "--json"))
+        assert (row["job"], row["step"], row["state"]) == (str(job.id), str(number), "running")
+        hpccr("checkpoint", str(job.id))
+        wait_for("its checkpoint", lambda: shown()["extra"].startswith("hpccr: checkpoint "))
+        assert shown()["comment"] == "mine"
+        cluster.drain(*cluster.nodes)
+        hpccr("requeue", "--now", str(job.id))
+        found = shown()
+        # Slurm would hold it back (AuthInfo's cred_expire).
+        assert found["job_state"] == ["PENDING"] and found["eligible_time"]["number"] <= time.time() + 1
+        cluster.resume()
+        job.wait_event("restored", step=number)
+        cluster.write(job.directory / name, "", job.user)
+    job.wait_success()
+    assert [len(job.events(event, step=1)) for event in ("started", "requeued", "restored")] == [1, 1, 1]
+    assert [len(job.events(event, step=0)) for event in ("started", "requeued", "finished")] == [1, 1, 1]
+    lines = job.said().splitlines()
+    counts = {name: sum(line.startswith(name) for line in lines) for name in ("first", "second")}
+    assert lines == [f"{name} {number + 1}" for name, count in counts.items() for number in range(count)]
 
 
 # --- what it tells ----------------------------------------------------------------------------------------------------

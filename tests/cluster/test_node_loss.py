@@ -70,25 +70,28 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
         return job
 
     ranks = on(workloads.stencil(), first, dead, tasks=4)
-    others = [on(counter(), dead, last), on(counter(), first, cut), on(counter(), cut, last)]
-    for job in (ranks, *others):
+    cut_ranks = on(workloads.stencil(), first, cut, tasks=4)
+    scripts = [on(counter(), dead, last), on(counter(), cut, last)]
+    for job in (ranks, cut_ranks, *scripts):
         computes(job)
         job.checkpoint()
-    for job in (ranks, *others):
+    for job in (ranks, cut_ranks, *scripts):
         computes(job)
     with without(cluster, dead=dead, cut=cut):
-        for job in (ranks, *others):
+        for job in (ranks, cut_ranks, *scripts):
             event = job.wait_event("restored", within=LOSS)
             assert {dead, cut}.isdisjoint(event["nodes"])
             computes(job)
-    said = ranks.said()
-    ranks.cancel()
-    workloads.check_endless(said)
     for turn in range(rounds(0, 3)):
-        in_turn(others[0], turn)
-    for job in others:
+        in_turn(ranks, turn)
+    for job in (ranks, cut_ranks):
+        assert job.slurm().restarts == 1 + (rounds(0, 3) if job is ranks else 0)
+        said = job.said()
+        job.cancel()
+        workloads.check_endless(said)
+    for job in scripts:
         finish(job)
-        assert job.slurm().restarts == 1 + (rounds(0, 3) if job is others[0] else 0)
+        assert job.slurm().restarts == 1
 
 
 def in_turn(job: Job, turn: int) -> None:

@@ -21,7 +21,8 @@ SCRIPT = f"{PYTHON} /src/tests/cluster/programs/signalled.py"
 class Backend:
     """One way to talk to Slurm, as `q` in expressions that are evaluated on the login node."""
 
-    def __init__(self, cluster: Cluster, made: str) -> None:
+    def __init__(self, cluster: Cluster, name: str, made: str) -> None:
+        self.name = name
         self._cluster = cluster
         self._made = f"from hpccr.slurm.query import SlurmError; {made}\n"
 
@@ -46,10 +47,10 @@ MATCHING = "from hpccr.slurm.library import matching; print(matching())"
 @pytest.fixture(params=["commands", "pyslurm"])
 def backend(request: pytest.FixtureRequest, cluster: Cluster) -> Backend:
     if request.param == "commands":
-        return Backend(cluster, "from hpccr.slurm.commands import CommandQuery; q = CommandQuery()")
+        return Backend(cluster, "commands", "from hpccr.slurm.commands import CommandQuery; q = CommandQuery()")
     if missing := cluster.check("ctl", PYTHON, "-c", MATCHING).strip():
         pytest.skip(missing)
-    return Backend(cluster, "from hpccr.slurm.library import PyslurmQuery; q = PyslurmQuery()")
+    return Backend(cluster, "pyslurm", "from hpccr.slurm.library import PyslurmQuery; q = PyslurmQuery()")
 
 
 def signalled(job: Job, within: float = 60) -> list[dict[str, Any]]:
@@ -64,9 +65,9 @@ def helper_lines(job: Job, node: str) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def start(jobs: Jobs, *options: str) -> Job:
+def start(jobs: Jobs, backend: Backend, *options: str) -> Job:
     """A job that uses all CPUs of two nodes, with its helpers up."""
-    job = jobs.submit(SCRIPT, nodes=2, tasks=16, options=("--requeue", *options), plain=True)
+    job = jobs.submit(f"{SCRIPT} {backend.name}", nodes=2, tasks=16, options=("--requeue", *options), plain=True)
     job.wait_output("waiting")
     for node in job.slurm().nodes:
         wait_for("helpers on all nodes", lambda node=node: helper_lines(job, node))
@@ -87,6 +88,10 @@ def test_a_job_is_seen_and_steered(cluster: Cluster, jobs: Jobs, backend: Backen
 
     backend.query(f"q.set_comment('{job.id}', 'checkpoint 3, 1 min ago: é')")
     assert backend.query(f"q.job('{job.id}').comment") == "checkpoint 3, 1 min ago: é"
+    assert backend.query(f"q.extra_text('{job.id}')") == ""
+    backend.query(f"q.set_extra_text('{job.id}', 'checkpoint 3')")
+    assert backend.query(f"q.extra_text('{job.id}')") == "checkpoint 3"
+    assert backend.query("q.cluster()") == cluster.name
     assert "owner" in backend.refused(f"q.requeue('{job.id}')", "user2")
     assert "squeue --me" in backend.refused("q.job('999999')", "user1")
 
@@ -123,9 +128,9 @@ def test_a_task_of_an_array(jobs: Jobs, backend: Backend) -> None:
     assert (found["array"], found["job"]) == (f"{job.id}_4", str(job.id))
 
 
-def test_why_a_job_is_signalled_and_what_helpers_live_through(cluster: Cluster, jobs: Jobs) -> None:
+def test_why_a_job_is_signalled_and_what_helpers_live_through(cluster: Cluster, jobs: Jobs, backend: Backend) -> None:
     """Requeue, cancel and a plain signal at the same time; helpers are killed by nothing but KillWait's SIGKILL."""
-    requeued, cancelled, poked = start(jobs), start(jobs), start(jobs)
+    requeued, cancelled, poked = (start(jobs, backend) for _ in range(3))
     cluster.check("ctl", "scontrol", "requeue", str(requeued.id), user="user1")
     cluster.check("ctl", "scancel", str(cancelled.id), user="user1")
     cluster.check("ctl", "scancel", "--batch", "--signal=USR1", str(poked.id), user="user1")
@@ -154,8 +159,8 @@ def test_why_a_job_is_signalled_and_what_helpers_live_through(cluster: Cluster, 
     poked.cancel()
 
 
-def test_a_time_limit(cluster: Cluster, jobs: Jobs) -> None:
-    job = start(jobs, "--time=1")
+def test_a_time_limit(cluster: Cluster, jobs: Jobs, backend: Backend) -> None:
+    job = start(jobs, backend, "--time=1")
     # Slurm looks at its jobs' limits every 30 s.
     cluster.check("ctl", "scontrol", "update", f"JobId={job.id}", "EndTime=now")
     (found,) = signalled(job, within=150)

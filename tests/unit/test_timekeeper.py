@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from hpccr.config import CheckpointConfig
 from hpccr.coordinator import schedule, timekeeper
 from hpccr.coordinator.schedule import Costs, Interval
-from hpccr.coordinator.timekeeper import Timekeeper
+from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
 from hpccr.errors import HpccrError
-from hpccr.slurm.nodes import FailureRate
+from hpccr.slurm.nodes import USUAL_MTBF, FailureRate
 from hpccr.slurm.query import SlurmError
 
 DEADLINE = 20
@@ -217,3 +218,19 @@ def test_none_is_made_where_the_limit_is_not_served() -> None:
         assert not job.acts
 
     asyncio.run(run())
+
+
+def test_how_often_nodes_fail() -> None:
+    """As the administrator says, else as Slurm's records do, else what is usual; for "auto" only."""
+    found = FailureRate(5e6, "Slurm's records")
+
+    def rate(config: CheckpointConfig, ask: Callable[[], FailureRate] = lambda: found) -> FailureRate:
+        return asyncio.run(failure_rate(config, ask))
+
+    def refuse() -> FailureRate:
+        raise SlurmError("Slurm does not answer")
+
+    assert rate(CheckpointConfig(interval="auto")) == found
+    assert rate(CheckpointConfig(interval="auto", node_mtbf=1000.0)) == FailureRate(1000.0, "checkpoint.node_mtbf")
+    assert rate(CheckpointConfig(interval="auto"), refuse).mtbf == USUAL_MTBF
+    assert rate(CheckpointConfig(interval="30m"), refuse).mtbf == USUAL_MTBF

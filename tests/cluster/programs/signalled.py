@@ -1,5 +1,7 @@
 """A batch script that asks, when it is signalled, why; with helpers that outlive the signal on every node.
 
+The argument says how it asks: "commands" or "pyslurm".
+
 Writes signalled.json: per signal the cause that hpccr.slurm finds. Helpers write helper-NODE.txt: what happens to them.
 """
 
@@ -10,8 +12,9 @@ import subprocess
 import sys
 import time
 
+from hpccr.slurm.commands import CommandQuery
 from hpccr.slurm.env import Allocation
-from hpccr.slurm.query import job_query
+from hpccr.slurm.library import PyslurmQuery
 from hpccr.slurm.steps import agent_step_command, agent_step_environment
 
 HELPER = """
@@ -39,13 +42,14 @@ def main() -> None:
             stderr=out,
             start_new_session=True,
         )
+    query = PyslurmQuery() if sys.argv[1] == "pyslurm" else CommandQuery()
     signals = {signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     print("waiting", flush=True)
     found = []
     while True:
         number = signal.sigwait(signals)
-        cause = job_query().why_signalled(allocation.job, allocation.restarts)
+        cause = query.why_signalled(allocation.job, allocation.restarts)
         found.append({"signal": number, "cause": cause, "time": time.time(), "helpers": helpers.poll()})
         with open("signalled.tmp", "w") as file:
             json.dump(found, file)
