@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -30,6 +31,19 @@ VERBS = (
     "agent",
 )
 """Each is a module of hpccr.cli with add_parser(subparsers) and, as the parser's default `run`, run(args, config)."""
+
+HINTS = {
+    errno.ENOSPC: "make room there, or name another store with --dir or HPCCR_STORE_DIR",
+    errno.EDQUOT: "make room in your quota, or name another store with --dir or HPCCR_STORE_DIR",
+    errno.EROFS: "is that storage meant to be written to here? --dir or HPCCR_STORE_DIR names another store",
+    errno.EACCES: "it has to belong to you: a store is its owner's alone",
+    errno.EPERM: "it has to belong to you: a store is its owner's alone",
+    errno.ENOENT: "has it been removed, or is shared storage not mounted here?",
+    errno.ESTALE: "shared storage was away: try again",
+    errno.EIO: "is that storage well? try again, and ask its administrator",
+}
+"""What to do about an error of the operating system that nothing nearer to its cause has explained."""
+UNKNOWN = "--debug prints where it happened"
 
 EXIT_CODES = (
     "exit codes: 0 ok, 1 failed, 2 wrong usage, 10 no checkpoint, 11 locked, 12 corrupt or unsealed, "
@@ -59,7 +73,8 @@ def entry(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         return int(ExitCode.FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(error_for(ExitCode.FAILED, f"{where}{error.strerror or error}"), debug=args.debug)
+        failure = error_for(ExitCode.FAILED, f"{where}{error.strerror or error}", HINTS.get(error.errno or 0, UNKNOWN))
+        return _complain(failure, debug=args.debug)
 
 
 def _complain(error: HpccrError, *, debug: bool) -> int:

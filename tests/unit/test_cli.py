@@ -173,6 +173,10 @@ def test_errors_have_a_message_a_hint_and_a_code(hpccr: Call, tmp_path: Path) ->
     assert "Traceback" in hpccr("status", "99", "--debug").err
     (tmp_path / "bad.toml").write_text("[store]\nkeep = 0\n")
     assert hpccr("--config", str(tmp_path / "bad.toml"), "list").code == 2
+    (tmp_path / "no.tar").mkdir()
+    for name, hint in (("none/x.tar", "hint: has it been removed"), ("no.tar", "hint: --debug")):
+        shown = hpccr("import", str(tmp_path / name))
+        assert shown.code == 1 and shown.err.splitlines()[1].startswith(hint), shown.err
     (tmp_path / "store").write_text("not a directory")
     assert hpccr("doctor", "--local").code == 1
 
