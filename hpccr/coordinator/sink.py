@@ -77,14 +77,19 @@ class _Journal:
         """here: where the file's next byte goes, if nothing was kept before."""
         self._base_path = path.with_name(path.name + ".base")
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self.base = here
         try:
-            self.base = int(self._base_path.read_text())
-        except (FileNotFoundError, ValueError):
-            self.restart(here)
+            self.base = self._known_base()
+            if self.base < 0:
+                self.restart(here)
         except OSError:
             self.close()
             raise
+
+    def _known_base(self) -> int:
+        try:
+            return int(self._base_path.read_text())
+        except (FileNotFoundError, ValueError):
+            return -1
 
     @property
     def end(self) -> int:
@@ -110,6 +115,7 @@ class _Journal:
 
     def restart(self, base: int) -> None:
         """Keep what comes from `base` on, and nothing of what was before."""
+        self._base_path.unlink(missing_ok=True)  # should the next lines fail, there is none
         os.ftruncate(self._fd, 0)
         self._base_path.write_text(str(base))
         self.base = base
@@ -232,12 +238,15 @@ class Sink:
                             self._warn, f"cannot cut the job's output back to the checkpoint: {error.strerror or error}"
                         )
                 case _:
-                    if self.error is None and not self._superseded():
-                        self._copy(item)
-                        self._write(item)
-                    self._tell(self._taken, len(item))
-                    if self.error is not None:
-                        self._tell(self._broken)
+                    self._pass_on(item)
+
+    def _pass_on(self, data: bytes) -> None:
+        if self.error is None and not self._superseded():
+            self._copy(lambda journal: journal.write(data))
+            self._write(data)
+        self._tell(self._taken, len(data))
+        if self.error is not None:
+            self._tell(self._broken)
 
     def _tell(self, callback: Callable[..., None], *what: Any) -> None:
         # The loop is gone when the process ends while a reader still blocks us: nobody waits any more.
@@ -248,10 +257,11 @@ class Sink:
         """Whether what is being written would be cut off again."""
         return self._given_up or (self._regular and self._cuts_asked != self._cuts_made)
 
-    def _copy(self, data: bytes) -> None:
+    def _copy(self, act: Callable[[_Journal], None]) -> None:
+        """Do something to the journal, which may fail by itself."""
         if self._journal is not None:
             try:
-                self._journal.write(data)
+                act(self._journal)
             except OSError as error:
                 self._journal.close()
                 self._journal = None
@@ -340,14 +350,12 @@ class Sink:
         self._end = os.fstat(self._fd).st_size
         if not _appends(self._fd):
             os.lseek(self._fd, self._end, os.SEEK_SET)
-        if self._journal is not None:
-            self._journal.cut(self._end)
+        self._copy(lambda journal: journal.cut(self._end))
 
     def _go_on_here(self) -> None:
         self._foreign = []
         self._end = self._here()
-        if self._journal is not None:
-            self._journal.restart(self._end)
+        self._copy(lambda journal: journal.restart(self._end))
 
     def _take_out_notices(self) -> None:
         """What Slurm wrote about the requeue while the job still ran stands between its lines: close the gaps."""

@@ -332,6 +332,18 @@ def test_a_full_store_costs_the_copy_and_not_the_output(tmp_path: Path, monkeypa
     assert "lines are lost" in warning
 
 
+def test_output_goes_on_where_no_copy_of_it_can_be_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "journal.base").mkdir()
+
+    async def use(sink: Sink) -> None:
+        sink.cut_back(sink.position, start=True)
+        sink.put(b"one\n")
+
+    told = use_sink(open_output(out, append=False), tmp_path / "journal", use)
+    assert out.read_bytes() == b"one\n" and len(told.warnings) == 1 and "copy" in told.warnings[0]
+
+
 def test_a_truncated_append_file_is_told(tmp_path: Path) -> None:
     fd = open_output(tmp_path / "out", append=True)
     told = use_sink(fd, tmp_path / "journal", lambda sink: cut(sink, at(tmp_path / "out", 100)))
