@@ -10,12 +10,12 @@ from typing import Any
 
 from msgspec import structs
 
+from hpccr.cli.jobs import find_job
 from hpccr.cli.run import start
 from hpccr.config import Config
 from hpccr.coordinator.candidates import Candidates
 from hpccr.errors import LockedError, NoCheckpointError, UsageError
 from hpccr.slurm.env import Allocation
-from hpccr.store.layout import Store
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, config: Config) -> int:
     """Restore and run to the end; the exit code of the job's command. Raises HpccrError."""
-    step = Store.at(args.dir or config.store.dir).find(args.job).step(args.step)
+    step = find_job(args, config).step(args.step)
     record = step.record()
     if record is None:
         raise UsageError(f"job {args.job} has no step {args.step}", hint="`hpccr list` shows the steps")

@@ -290,6 +290,7 @@ def test_a_job_with_a_store_of_its_own(
     assert found["name"] == "tb-17" and found["path"] == str(step.path)
     assert "complete" in hpccr("status", "17").out and "complete" in hpccr("status", "tb-17").out
     assert hpccr("status", "18").code == 1
+    assert "no step 3" in hpccr("restore", "17", "--step", "3").err
     step.path.parent.rename(tmp_path / "gone")
     assert hpccr("list", "--json").json == [] and hpccr("status", "17").code == 1
     elsewhere.remember(usual, Store.at(tmp_path / "store").job("tb", "18"))
