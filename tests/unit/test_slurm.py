@@ -307,7 +307,8 @@ def test_comments_are_one_line_and_not_too_long(slurm: Fake) -> None:
 
 def test_a_users_comment_stays_and_the_checkpoint_is_shown_in_the_extra_text(slurm: Fake) -> None:
     def shown(**changes: str) -> list[str]:
-        site = SlurmSite(allocation, slurm.answers({"jobs": [JOB | changes], "meta": META}), "node1")
+        query = slurm.answers({"jobs": [JOB | changes], "meta": META})
+        site = SlurmSite(allocation, query, "node1", quick=query)
         slurm.calls.unlink(missing_ok=True)
         site.show("checkpoint 3")
         return [call for call in slurm.called() if "update" in call]
