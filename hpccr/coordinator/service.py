@@ -224,8 +224,8 @@ class Boot:
             case Phase.ASKING:
                 return limits.prepare_timeout
             case Phase.PREPARING:
-                # Trees are copied as far as they can be, which takes the time that a dump may take.
-                return limits.prepare_timeout + (limits.dump_timeout if self._config.files.trees else 0)
+                # Files are written out and trees copied, which takes the time that a dump may take.
+                return limits.prepare_timeout + limits.dump_timeout
             case Phase.ARRIVING | Phase.FINISHING:
                 return self._patience + limits.prepare_timeout
             case Phase.FREEZING | Phase.SURVEYING:

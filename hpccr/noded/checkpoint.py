@@ -45,7 +45,7 @@ class Checkpoint:
         self._request = request
         self._directory = directory
         self._criu = home.criu(directory)
-        self._saving = private.Saving(home.reaper, home.places, directory)
+        self._saving = private.Saving(home, directory)
         self._criu_version = 0
         self._stopped_at = 0.0
         self._files = jobfiles.Saving(home, request.files, directory)
@@ -60,7 +60,7 @@ class Checkpoint:
         scan.check_namespaces(tree)
         scan.check_open(tree, self._capsule.places)
         scan.check_whole(tree, self._capsule.identity.uid)
-        private.check_sizes(self._capsule.places, self._request.private_limit)
+        private.check(self._capsule, self._request.private_limit)
         services.check(tree)
         if self._request.outside == "refuse":
             outside.refuse(tree, self._capsule.inside)
@@ -72,6 +72,8 @@ class Checkpoint:
                 hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
             )
         await self._files.copy_ahead()
+        # The most of it, so that little is left when everything stands still.
+        await self._files.write_out(tree)
         await self._capsule.criu(self._directory).probe()
         self._criu_version = await self._capsule.criu(self._directory).version()
         self._criu.on_killed = lambda: repair_sockets(self._tree())
@@ -94,6 +96,7 @@ class Checkpoint:
         self._capsule.hold.on()
         self._scanned = self._tree()
         scan.check_whole(self._scanned, self._capsule.identity.uid)
+        scan.check_open(self._scanned, self._capsule.places)
         services.check(self._scanned)
         await services.cut(self._scanned)
         await self._files.write_out(self._scanned)
@@ -106,7 +109,6 @@ class Checkpoint:
     async def dump(self, elsewhere: tuple[bytes, ...]) -> InitDumped:
         """Write everything into the spool directory: CRIU's images, private directories, the job's files."""
         self._files.start(frozenset(elsewhere))
-        self._saving = private.Saving(self._capsule.reaper, self._capsule.places, self._directory)
         self._saving.start()
         self._criu.answer(True)
         image = CapsuleImage(
@@ -120,7 +122,7 @@ class Checkpoint:
             cpu_flags=scan.cpu_flags(),
         )
         await self._reach("post-dump", "dump the job")
-        await self._saving.finish()
+        await self._saving.finish(self._files.remaps())
         return InitDumped(image=msgspec.structs.replace(image, files=await self._files.finish()))
 
     async def release(self, *, kill: bool) -> Released:
@@ -166,14 +168,15 @@ class Checkpoint:
 
     async def abort(self) -> None:
         """Give up wherever it stands: the tasks run on as if nothing had been. May be called more than once."""
-        await self._files.cancel()
-        await self._saving.cancel()
+        # First of all the tasks: a helper that storage keeps from dying must not keep them.
         try:
             await asyncio.wait_for(self._criu.give_up(), ABORT_SECONDS)
         except TimeoutError:
             print(f"hpccr: CRIU does not give up after {ABORT_SECONDS:.0f} s, killing it", file=sys.stderr)
             await self._criu.kill()
         self._capsule.hold.off()
+        await self._files.cancel()
+        await self._saving.cancel()
 
     async def _reach(self, barrier: str, what: str) -> None:
         word = await self._criu.until(barrier)

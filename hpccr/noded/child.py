@@ -150,15 +150,24 @@ def _child(function: Callable[[], Any], identity: Identity | None, writing: int,
         os._exit(0)
 
 
-def execute(argv: list[str], *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None) -> int:
+def execute(
+    argv: list[str],
+    *,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    before_exec: Callable[[], None] | None = None,
+) -> int:
     """Start a tool of root's, with a clean environment, nothing open but 0-2 (None: /dev/null); its pid.
 
-    A tool that cannot be executed exits 127.
+    before_exec is called first in the new process. A tool that cannot be executed exits 127.
     """
     pid = os.fork()
     if pid:
         return pid
     try:
+        if before_exec is not None:
+            before_exec()
         reset_signals()
         redirect(stdin, stdout, stderr)
         syscalls.close_range(3)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from hpccr.errors import HpccrError
+from hpccr.errors import HpccrError, LockedError
 from hpccr.model import FILES_DATA, FILES_LIST, FileRules
 from hpccr.noded import child, rollback, scan, snapshot, syscalls
 from hpccr.noded.capsule import Capsule
@@ -22,7 +22,7 @@ _LINKED = "LINKED"
 """remap_type of CRIU's images (images/remap-file-path.proto)."""
 
 _NETWORK_TYPES = frozenset(
-    ("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "cifs", "smb3", "9p", "afs", "orangefs", "panfs", "wekafs")
+    "nfs nfs4 lustre gpfs ceph beegfs cifs smb3 9p afs orangefs panfs wekafs dvs fuse".split()  # noqa: SIM905
 )
 """File systems on which other nodes see what this one has written only once it has been written out."""
 
@@ -74,9 +74,9 @@ class Saving:
                 os.close(fd)
 
     async def write_out(self, tree: scan.Tree) -> None:
-        """All tasks of this capsule are stopped: note what there is to save, and bring what was written here to where
-        the other nodes see it."""
-        # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
+        """Note what there is to save, and bring what was written here to where the other nodes see it. Once while the
+        tasks run, which leaves little for when all tasks of this capsule are stopped."""
+        # Not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
         self._look(tree)
         self._identities = {}
         if self._shares and (remote := self._remote()):
@@ -152,9 +152,15 @@ class Saving:
     async def finish(self) -> int:
         """CRIU has written its images: how many names were saved, once all are. Raises UnsupportedError or HpccrError
         naming one that was not."""
+        remaps = tuple(path for path in self.remaps() if not scan.below(path, self._capsule.places))
         if self._nameless:
             # CRIU has linked them by now, and only the images say how.
-            self._start(self._remaps())
+            self._start(remaps)
+        elif remaps:
+            raise LockedError(
+                f"a file that the job has open has lost its name in {os.path.dirname(remaps[0])} during the checkpoint",
+                hint="a process outside the job has removed or replaced it: try again",
+            )
         helper, self._helper = self._helper, None
         if helper is None:
             return 0
@@ -168,14 +174,20 @@ class Saving:
         if helper is not None:
             await helper.cancel()
 
-    def _remaps(self) -> tuple[str, ...]:
-        """The links that CRIU has made outside the private directories (images remap-fpath and files)."""
+    def remaps(self) -> tuple[str, ...]:
+        """The links that CRIU has made, which it takes away again at the release (images remap-fpath and files)."""
         linked = {entry["remap_id"] for entry in self._image("remap-fpath.img") if entry["remap_type"] == _LINKED}
+        if not linked:
+            return ()
         paths = {"/" + entry["reg"]["name"].lstrip("/") for entry in self._image("files.img") if entry["id"] in linked}
-        return tuple(sorted(path for path in paths if not scan.below(path, self._capsule.places)))
+        return tuple(sorted(paths))
 
     def _image(self, name: str) -> list[dict[str, Any]]:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        """The entries of an image; none where CRIU had nothing to put into it."""
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        except FileNotFoundError:
+            return []
         with os.fdopen(fd, "rb") as file:
             entries: list[dict[str, Any]] = self._capsule.images.load(file)["entries"]
         return entries
@@ -255,7 +267,7 @@ def _devices(lines: Iterable[str]) -> Iterable[int]:
     for line in lines:
         before, _, after = line.partition(" - ")
         kind = after.split(" ", 1)[0]
-        if kind in _NETWORK_TYPES or kind.startswith("fuse."):
+        if kind.split(".")[0] in _NETWORK_TYPES:
             major, _, minor = before.split()[2].partition(":")
             yield os.makedev(int(major), int(minor))
 

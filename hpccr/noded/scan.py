@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -202,17 +203,18 @@ def _namespace(pid: int, name: str) -> str:
 
 def _check_descriptors(task: Task, places: Iterable[str]) -> None:
     for fd in os.listdir(f"/proc/{task.pid}/fd"):
-        try:
-            link = os.readlink(f"/proc/{task.pid}/fd/{fd}")
-        except GONE:
-            continue
-        if link in _REFUSED_LINKS:
-            what, hint = _REFUSED_LINKS[link]
-            raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
-        if link.startswith("/dev/"):
-            _check_device(task, fd, link)
-        if link.startswith("/") and not below(link, places):
-            _check_name(task, fd, link)
+        with suppress(*GONE):
+            _check_descriptor(task, fd, os.readlink(f"/proc/{task.pid}/fd/{fd}"), places)
+
+
+def _check_descriptor(task: Task, fd: str, link: str, places: Iterable[str]) -> None:
+    if link in _REFUSED_LINKS:
+        what, hint = _REFUSED_LINKS[link]
+        raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
+    if link.startswith("/dev/"):
+        _check_device(task, fd, link)
+    if link.startswith("/") and not below(link, places):
+        _check_name(task, fd, link)
 
 
 def _check_name(task: Task, fd: str, link: str) -> None:

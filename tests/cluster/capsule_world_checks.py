@@ -300,6 +300,65 @@ def used(spool: int) -> int:
     return os.stat(FILES_DATA, dir_fd=spool).st_blocks * 512
 
 
+SEMAPHORE = """
+    import ctypes, os, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sem_open.restype = ctypes.c_void_p
+    name = b"/hpccr-check"
+    first = libc.sem_open(name, os.O_CREAT | os.O_EXCL, 0o600, 2)
+    large = open("/dev/shm/large", "wb")
+    large.write(bytes(range(256)) * (1 << 20))
+    large.flush()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        again = libc.sem_open(name, 0)
+        assert libc.sem_post(ctypes.c_void_p(first)) == 0
+        value = ctypes.c_int()
+        assert libc.sem_getvalue(ctypes.c_void_p(again), ctypes.byref(value)) == 0
+        print(value.value, sorted(os.listdir("/dev/shm")), flush=True)
+"""
+
+
+@case
+def a_semaphore_in_shared_memory_comes_back(home: Path) -> None:
+    """It is a file whose first name was removed, for which CRIU makes a name while the directory is archived."""
+    images: dict[int, InitDumped] = {}
+    with spool() as first, spool() as second:
+        with capsule() as one:
+            one.script(SEMAPHORE)
+            one.read_until(b"ready\n")
+            images[first], _ = one.checkpoint(first)
+            one.write(b"look\n")
+            assert (line := one.read_until(b"\n")) == b"3 ['large', 'sem.hpccr-check']\n", line
+        for source, target in ((first, second), (second, first)):
+            with capsule() as two:
+                two.restart(source, images[source])
+                images[target], _ = two.checkpoint(target)
+                two.write(b"look\n")
+                assert (line := two.read_until(b"\n")) == b"3 ['large', 'sem.hpccr-check']\n", line
+
+
+CHURN = """
+    import os
+    print("ready", flush=True)
+    number = 0
+    while True:
+        number += 1
+        for place in ("/tmp", "/dev/shm"):
+            open(f"{place}/{number}", "w").close()
+            os.unlink(f"{place}/{number}")
+"""
+
+
+@case
+def files_that_come_and_go_in_private_places_hurt_nothing(home: Path) -> None:
+    with spool() as directory, capsule() as one:
+        one.script(CHURN)
+        one.read_until(b"ready\n")
+        for _ in range(5):
+            one.checkpoint(directory)
+
+
 WAITING = """
     import ctypes, json, os, select, struct, sys, threading, time
     libc = ctypes.CDLL(None, use_errno=True)
