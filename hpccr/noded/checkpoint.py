@@ -16,7 +16,7 @@ import msgspec
 
 from hpccr.errors import HpccrError, LockedError
 from hpccr.model import CapsuleImage
-from hpccr.noded import capsule, interrupted, jobfiles, outside, private, scan, services, syscalls
+from hpccr.noded import capsule, imagefile, interrupted, jobfiles, outside, private, scan, services, syscalls
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
@@ -143,18 +143,12 @@ class Checkpoint:
         return Released(frozen_seconds=frozen, criu_freeze_seconds=self._criu_seconds())
 
     def _repair_images(self) -> None:
-        """See interrupted.py. The tasks run, or are dead, and nobody has read the images yet."""
+        """See interrupted.py and jobfiles.py. The tasks run, or are dead, and nobody has read the images yet."""
         for name in os.listdir(self._directory):
-            if not (name.startswith("core-") and name.endswith(".img")):
-                continue
-            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
-            with os.fdopen(fd, "r+b") as file:
-                image = self._capsule.images.load(file)
-                (entry,) = image["entries"]
-                if interrupted.repair(entry):
-                    file.seek(0)
-                    file.truncate()
-                    self._capsule.images.dump(image, file)
+            if name.startswith("core-") and name.endswith(".img"):
+                core = self._capsule.images.core_pb2.core_entry
+                imagefile.change(self._directory, name, core, interrupted.repair)
+        self._files.loosen()
 
     def _criu_seconds(self) -> float:
         """CRIU's own measure of how long the tasks were stopped; 0 where it did not write its statistics."""

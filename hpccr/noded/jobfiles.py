@@ -11,15 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from hpccr.errors import HpccrError, LockedError
-from hpccr.model import FILES_DATA, FILES_LIST, FileRules
-from hpccr.noded import child, rollback, scan, snapshot, syscalls
+from hpccr.model import FILES_DATA, FILES_LIST, FileRules, ReadFile
+from hpccr.noded import child, imagefile, rollback, scan, snapshot, syscalls
 from hpccr.noded.capsule import Capsule
 
 MAX_SHARED = 4096
 """Files of a capsule of which the others are told; of more than that each capsule saves its own copy."""
-
-_LINKED = "LINKED"
-"""remap_type of CRIU's images (images/remap-file-path.proto)."""
 
 _NETWORK_TYPES = frozenset(
     "nfs nfs4 lustre gpfs ceph beegfs cifs smb3 9p afs orangefs panfs wekafs dvs fuse".split()  # noqa: SIM905
@@ -40,6 +37,7 @@ class Saving:
         self._excluded = rules.excluded
         self._files: tuple[scan.OpenFile, ...] = ()
         self._nameless: tuple[scan.NamelessFile, ...] = ()
+        self._read: dict[str, os.stat_result] = {}
         self._identities: dict[str, bytes] = {}
         """Of the trees and of the files outside of them."""
         self._elsewhere: frozenset[bytes] = frozenset()
@@ -103,6 +101,7 @@ class Saving:
     def _look(self, tree: scan.Tree) -> None:
         self._files = scan.open_files(tree, self._capsule.places)
         self._nameless = scan.nameless_files(tree, self._capsule.places)
+        self._read = scan.read_files(tree, self._capsule.places, (file.path for file in self._files))
 
     @property
     def _shares(self) -> bool:
@@ -116,7 +115,7 @@ class Saving:
 
     def _start(self, remaps: tuple[str, ...]) -> None:
         request = replace(self._request(self._elsewhere), remaps=remaps)
-        if not any((request.files, request.trees, request.elsewhere, request.nameless)):
+        if not any((request.files, request.trees, request.elsewhere, request.nameless, request.read)):
             return
         fds = self._open(0 if self._trees else os.O_TRUNC)
         leased = self._descriptors()
@@ -176,21 +175,27 @@ class Saving:
 
     def remaps(self) -> tuple[str, ...]:
         """The links that CRIU has made, which it takes away again at the release (images remap-fpath and files)."""
-        linked = {entry["remap_id"] for entry in self._image("remap-fpath.img") if entry["remap_type"] == _LINKED}
+        images = self._capsule.images
+        remaps = imagefile.read(self._directory, "remap-fpath.img", images.remap_file_path_pb2.remap_file_path_entry)
+        linked = {entry.remap_id for entry in remaps if entry.remap_type == images.remap_file_path_pb2.LINKED}
         if not linked:
             return ()
-        paths = {"/" + entry["reg"]["name"].lstrip("/") for entry in self._image("files.img") if entry["id"] in linked}
-        return tuple(sorted(paths))
+        files = imagefile.read(self._directory, "files.img", images.fdinfo_pb2.file_entry)
+        return tuple(sorted({imagefile.path(entry.reg) for entry in files if entry.id in linked}))
 
-    def _image(self, name: str) -> list[dict[str, Any]]:
-        """The entries of an image; none where CRIU had nothing to put into it."""
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
-        except FileNotFoundError:
-            return []
-        with os.fdopen(fd, "rb") as file:
-            entries: list[dict[str, Any]] = self._capsule.images.load(file)["entries"]
-        return entries
+    def loosen(self) -> None:
+        """After the dump: let CRIU not compare sizes and modes of what the tasks only read. Files may grow, and be
+        edited, as long as a job runs; whether they are the same is looked at by inode (rollback.link)."""
+
+        def edit(entry: Any) -> bool:
+            if imagefile.path(entry.reg) not in self._read:
+                return False
+            for name in ("size", "mode", "build_id"):
+                entry.reg.ClearField(name)
+            return True
+
+        if self._read:
+            imagefile.change(self._directory, "files.img", self._capsule.images.fdinfo_pb2.file_entry, edit)
 
     async def _work[R](self, function: child.Function[R], keep: Iterable[int] = ()) -> R:
         self._helper = child.Helper(self._capsule.reaper, function, identity=self._capsule.identity, keep=keep)
@@ -230,6 +235,7 @@ class Saving:
                 )
                 for file in self._nameless
             ],
+            read=[ReadFile(os.fsencode(path), now.st_ino, now.st_size) for path, now in self._read.items()],
         )
 
     def _remote(self) -> list[str]:
@@ -273,8 +279,8 @@ def _devices(lines: Iterable[str]) -> Iterable[int]:
 
 
 async def link(home: Capsule, directory: int) -> None:
-    """All capsules' files are back: give CRIU the names by which it finds those whose own were removed. Raises
-    HpccrError naming one."""
+    """All capsules' files are back: see that those are there too which the job only reads, and give CRIU the names by
+    which it finds those whose own were removed. Raises HpccrError naming one."""
     await _with_list(home, directory, rollback.link)
 
 

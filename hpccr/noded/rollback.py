@@ -13,13 +13,13 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import msgspec
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.model import SavedFile, SavedFiles
+from hpccr.model import ReadFile, SavedFile, SavedFiles
 from hpccr.noded.contents import CHUNK, data_ranges
 from hpccr.noded.snapshot import TEMPORARY, walk
 
@@ -33,9 +33,12 @@ def roll_back(list_fd: int, data_fd: int) -> int:
 
 
 def link(list_fd: int) -> None:
-    """Make the names by which CRIU finds files whose own names had been removed; it removes them again. When all
-    capsules' files are back: to be replaced since would give such a file's tasks another file. Raises HpccrError."""
-    for wanted in _read(list_fd).links:
+    """When all capsules' files are back: see that what the job only reads is there, and make the names by which CRIU
+    finds files whose own names had been removed, which it removes again. Not earlier: to be replaced since would give
+    such a file's tasks another file. Raises HpccrError naming the file."""
+    saved = _read(list_fd)
+    _check_read(saved.read)
+    for wanted in saved.links:
         path, other = os.fsdecode(wanted.path), os.fsdecode(wanted.other)
         try:
             # A restore that failed may have left it.
@@ -44,6 +47,28 @@ def link(list_fd: int) -> None:
             os.link(other, path, follow_symlinks=False)
         except OSError as error:
             raise _failure(path, error) from None
+
+
+def _check_read(files: Iterable[ReadFile]) -> None:
+    """The same file may have become another one, as it might have under the running job. A program that goes on in
+    the middle of another file, though, reads what nobody has written."""
+    for file in files:
+        path = os.fsdecode(file.path)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise HpccrError(
+                f"the job was reading {path} at the checkpoint, and it is not there any more",
+                hint="put the file back as it was then",
+            ) from None
+        except OSError:
+            continue  # it is checked again when its tasks have it, by name
+        if status.st_ino != file.inode and status.st_size != file.size:
+            raise HpccrError(
+                f"the job was reading {path} at the checkpoint, and there is another file now: it had {file.size} "
+                f"bytes and has {status.st_size}",
+                hint="put the file back as it was then; what a waiting job reads should not be replaced",
+            )
 
 
 def unlink(list_fd: int) -> None:

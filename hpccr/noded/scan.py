@@ -382,6 +382,37 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     return tuple(found[path] for path in sorted(found))
 
 
+def read_files(whole: Tree, private: Iterable[str], written: Iterable[str]) -> dict[str, os.stat_result]:
+    """By path: regular files that tasks have open or mapped and only read, but for programs and libraries.
+
+    written: what some task can write to (open_files). Left out as there: deleted files, private directories.
+    """
+    places = (*private, "/proc", "/sys")
+    found: dict[str, os.stat_result] = {}
+    left_out = set(written)
+
+    def note(path: str, link: str) -> None:
+        if not path.startswith("/") or path.endswith(DELETED) or path in found or below(path, places):
+            return
+        with suppress(*GONE):
+            status = os.stat(link)
+            if stat.S_ISREG(status.st_mode):
+                found[path] = status
+
+    for task in whole.tasks:
+        for fd, flags, leased in descriptor_flags(task.pid):
+            if not flags & (os.O_PATH | os.O_ACCMODE) and not leased:
+                link = f"/proc/{task.pid}/fd/{fd}"
+                with suppress(*GONE):
+                    note(os.readlink(link), link)
+        for address, permissions, path in mappings(task.pid):
+            if permissions[2] == "x":
+                left_out.add(path)
+            else:
+                note(path, f"/proc/{task.pid}/map_files/{address}")
+    return {path: found[path] for path in sorted(found.keys() - left_out)}
+
+
 @dataclass(frozen=True)
 class NamelessFile:
     """A regular file that some task has open or mapped by a name that was removed, while the file has other names.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hpccr.errors import HpccrError, UnsupportedError
-from hpccr.model import Extent, Link, SavedFile, SavedFiles
+from hpccr.model import Extent, Link, ReadFile, SavedFile, SavedFiles
 from hpccr.noded import ahead
 from hpccr.noded.ahead import write_list
 from hpccr.noded.contents import PAGE, SMALL_HOLE, Container
@@ -66,7 +66,8 @@ class Nameless:
 @dataclass(frozen=True)
 class Request:
     """What to save. files: open ones; trees, excluded: see model.FileRules; elsewhere: paths that others save;
-    remaps: the names that CRIU has given the nameless files for a while; remote: devices (st_dev) of other machines."""
+    remaps: the names that CRIU has given the nameless files for a while; remote: devices (st_dev) of other machines;
+    read: what the tasks only read."""
 
     files: Sequence[Wanted]
     trees: Sequence[str]
@@ -76,6 +77,7 @@ class Request:
     nameless: Sequence[Nameless] = ()
     remaps: Sequence[str] = ()
     remote: frozenset[int] = frozenset()
+    read: Sequence[ReadFile] = ()
 
 
 def measure(request: Request) -> int:
@@ -130,7 +132,7 @@ def copy_ahead(request: Request, list_fd: int, data_fd: int, *, first: bool) -> 
 
 
 def save(request: Request, list_fd: int, data_fd: int) -> int:
-    """Save everything; how many names and links there are. list_fd, data_fd: as copy_ahead() left them, or empty.
+    """Save everything; how many entries the list has. list_fd, data_fd: as copy_ahead() left them, or empty.
     Raises UnsupportedError naming what cannot be saved, OSError."""
     return _Saving(request, list_fd, data_fd).run()
 
@@ -260,9 +262,10 @@ class _Saving:
             excluded=tuple(os.fsencode(path) for path in request.excluded),
             elsewhere=tuple(os.fsencode(path) for path in request.elsewhere),
             links=links,
+            read=tuple(request.read),
         )
         write_list(self._list, msgspec.msgpack.encode(saved))
-        return len(saved.files) + len(saved.links)
+        return len(saved.files) + len(saved.links) + len(saved.read)
 
     def _link(self, remap: str) -> Link:
         status = os.stat(remap, follow_symlinks=False)

@@ -359,6 +359,46 @@ def files_that_come_and_go_in_private_places_hurt_nothing(home: Path) -> None:
             one.checkpoint(directory)
 
 
+READERS = """
+    import mmap, os, sys
+    os.chdir(sys.argv[1])
+    follows, mapped = open("follows"), open("mapped", "rb")
+    memory = mmap.mmap(mapped.fileno(), 0, prot=mmap.PROT_READ)
+    script = os.open("script", os.O_RDONLY)
+    print(follows.readline(), end="")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(follows.readline().strip(), memory[:2], os.pread(script, 100, 0), flush=True)
+"""
+
+
+@case
+def files_that_are_only_read_may_change(home: Path) -> None:
+    """They grow, are edited and change their mode while the job waits, as they might while it runs. Only another file
+    at the name is refused."""
+    for name in ("follows", "mapped", "script"):
+        (home / name).write_text("first\n")
+        os.chown(home / name, USER, USER)
+    with spool() as directory:
+        with capsule() as one:
+            assert isinstance(one.launch([PYTHON, "-u", "-c", textwrap.dedent(READERS), str(home)]), Started)
+            one.read_until(b"ready\n")
+            dumped, _ = one.checkpoint(directory)
+        for name in ("follows", "mapped"):
+            with (home / name).open("a") as file:
+                file.write("second\n")
+        (home / "script").chmod(0o755)
+        (home / "script").write_text("edited")
+        with capsule() as two:
+            two.restart(directory, dumped)
+            two.write(b"look\n")
+            assert (line := two.read_until(b"\n")) == b"second b'fi' b'edited'\n", line
+        (home / "new").write_text("replaced by an editor")
+        (home / "new").rename(home / "script")
+        with capsule() as three:
+            capsule_init_checks.expect_failed(three.restore(directory, dumped), str(home / "script"), "another file")
+
+
 WAITING = """
     import ctypes, json, os, select, struct, sys, threading, time
     libc = ctypes.CDLL(None, use_errno=True)

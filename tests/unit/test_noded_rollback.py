@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpccr.errors import CorruptError, HpccrError, UnsupportedError
-from hpccr.model import SavedFiles
+from hpccr.model import ReadFile, SavedFiles
 from hpccr.noded import ahead, rollback, snapshot
 
 LIMIT = 1 << 30
@@ -110,6 +110,34 @@ def test_a_file_that_only_grew_is_the_same_file(tmp_path: Path) -> None:
         file.write("after")
     assert saved.back() == 1
     assert path.read_text() == "before|" and path.stat().st_ino == inode
+
+
+def test_what_is_only_read_may_change_but_not_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_text("12345")
+
+    def check() -> None:
+        rollback.link(saved)
+
+    status = path.stat()
+    saved = os.memfd_create("list")
+    read = ReadFile(os.fsencode(path), status.st_ino, status.st_size)
+    snapshot.save(snapshot.Request((), (), (), LIMIT, read=[read]), saved, os.memfd_create("data"))
+    check()
+    with path.open("a") as file:
+        file.write("6")
+    check()
+    other = tmp_path / "other"
+    other.write_text("54321")
+    other.rename(path)
+    check()  # as on another node, where the same file has another inode
+    other.write_text("another")
+    other.rename(path)
+    with pytest.raises(HpccrError, match=f"reading {path} .* had 5 bytes and has 7"):
+        check()
+    path.unlink()
+    with pytest.raises(HpccrError, match=f"reading {path} .* not there"):
+        check()
 
 
 def test_a_removed_directory_comes_back(tmp_path: Path) -> None:
