@@ -16,7 +16,7 @@ import msgspec
 
 from hpccr.errors import HpccrError, LockedError
 from hpccr.model import CapsuleImage
-from hpccr.noded import capsule, imagefile, interrupted, jobfiles, outside, private, scan, services, syscalls
+from hpccr.noded import capsule, imagefile, interrupted, jobfiles, outside, private, refusals, scan, services, syscalls
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
@@ -57,8 +57,10 @@ class Checkpoint:
     async def prepare(self) -> Prepared:
         """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
         tree = self._tree()
-        scan.check_namespaces(tree)
-        scan.check_open(tree, self._capsule.places)
+        refusals.check_namespaces(tree)
+        refusals.check_traced(tree)
+        refusals.check_open(tree, self._capsule.places)
+        refusals.check_ghosts(tree, self._request.ghost_limit)
         scan.check_whole(tree, self._capsule.identity.uid)
         private.check(self._capsule, self._request.private_limit)
         services.check(tree)
@@ -96,7 +98,7 @@ class Checkpoint:
         self._capsule.hold.on()
         self._scanned = self._tree()
         scan.check_whole(self._scanned, self._capsule.identity.uid)
-        scan.check_open(self._scanned, self._capsule.places)
+        refusals.check_open(self._scanned, self._capsule.places)
         services.check(self._scanned)
         await services.cut(self._scanned)
         await self._files.write_out(self._scanned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from contextlib import ExitStack
@@ -149,26 +148,12 @@ def test_a_removed_name_of_a_living_file_is_found(tmp_path: Path) -> None:
         other.hardlink_to(path)
         path.unlink()
         path.touch()
-        scan.check_open(own_tree(), [])
         (found,) = [one for one in scan.nameless_files(own_tree(), []) if str(tmp_path) in one.path]
         assert found.path == str(path) and os.path.samestat(found.status, other.stat())
         assert str(own_tree().tasks[0]) == found.holder
         assert not [one for one in scan.nameless_files(own_tree(), [str(tmp_path)]) if str(tmp_path) in one.path]
         other.unlink()
         assert not [one for one in scan.nameless_files(own_tree(), []) if str(tmp_path) in one.path]
-
-
-def test_an_io_uring_is_refused_by_name() -> None:
-    number = ctypes.CDLL(None).syscall(425, 4, ctypes.create_string_buffer(120))
-    if number < 0:
-        scan.check_open(own_tree(), [])  # this kernel gives nobody one
-        return
-    try:
-        with pytest.raises(UnsupportedError, match=r"io_uring open") as caught:
-            scan.check_open(own_tree(), [])
-        assert "epoll" in caught.value.hint
-    finally:
-        os.close(number)
 
 
 @pytest.mark.parametrize(
