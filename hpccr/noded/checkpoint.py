@@ -16,7 +16,20 @@ import msgspec
 
 from hpccr.errors import HpccrError, LockedError
 from hpccr.model import CapsuleImage
-from hpccr.noded import capsule, imagefile, interrupted, jobfiles, outside, private, refusals, scan, services, syscalls
+from hpccr.noded import (
+    accesses,
+    capsule,
+    child,
+    imagefile,
+    interrupted,
+    jobfiles,
+    outside,
+    private,
+    refusals,
+    scan,
+    services,
+    syscalls,
+)
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
@@ -73,6 +86,7 @@ class Checkpoint:
                 f"the dump may take {needed} bytes and the spool has {self._request.room} free",
                 hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
             )
+        await self._check_reachable(tree)
         await self._files.copy_ahead()
         # The most of it, so that little is left when everything stands still.
         await self._files.write_out(tree)
@@ -89,6 +103,20 @@ class Checkpoint:
         )
         await self._reach("pre-dump", "start")
         return Prepared(estimate=needed)
+
+    async def _check_reachable(self, tree: scan.Tree) -> None:
+        """CRIU, as root, finds what the tasks have by name, and so has the user to."""
+        reaper, identity = self._capsule.reaper, self._capsule.identity
+        found = accesses.collect(tree)
+        handles = [access.handle for access in found if access.handle >= 0]
+        places = (*self._capsule.places, "/proc", "/sys")
+        named = [access for access in found if access.handle < 0 and not scan.below(access.path, places)]
+        try:
+            await child.work(reaper, lambda: accesses.refuse_unreachable(named), identity=None)
+            await child.work(reaper, lambda: accesses.refuse_unopenable(named), identity=identity)
+        finally:
+            for handle in handles:
+                os.close(handle)
 
     async def freeze(self) -> Frozen:
         """Stop all tasks, hold the network, and check again what may have changed since prepare()."""

@@ -78,7 +78,9 @@ def call(function: Callable[[], Any], *, identity: Identity | None = None, keep:
 class Helper:
     """call() for what may take long: capsule init goes on meanwhile, and can end it."""
 
-    def __init__(self, reaper: Reaper, function: Callable[[], Any], *, identity: Identity, keep: Iterable[int]) -> None:
+    def __init__(
+        self, reaper: Reaper, function: Callable[[], Any], *, identity: Identity | None, keep: Iterable[int]
+    ) -> None:
         """Starts at once. `keep` may be closed here afterwards."""
         self.pid, reading = _start(function, identity, keep)
         self._exited = reaper.watch(self.pid)
@@ -99,8 +101,10 @@ class Helper:
         self._pipe.close()
 
 
-async def work(reaper: Reaper, function: Callable[[], Any], *, identity: Identity, keep: Iterable[int] = ()) -> Any:
-    """A Helper's result. When this is cancelled the helper is ended."""
+async def work(
+    reaper: Reaper, function: Callable[[], Any], *, identity: Identity | None, keep: Iterable[int] = ()
+) -> Any:
+    """A Helper's result. identity: as for call(). When this is cancelled the helper is ended."""
     helper = Helper(reaper, function, identity=identity, keep=keep)
     try:
         return await helper.result()

@@ -184,14 +184,13 @@ class Saving:
         return tuple(sorted({imagefile.path(entry.reg) for entry in files if entry.id in linked}))
 
     def loosen(self) -> None:
-        """After the dump: let CRIU not compare sizes and modes of what the tasks only read. Files may grow, and be
-        edited, as long as a job runs; whether they are the same is looked at by inode (rollback.link)."""
+        """After the dump: let CRIU not compare the sizes of what the tasks only read. Files may grow, and be edited, as
+        long as a job runs; whether they are the same is looked at by inode (rollback.link)."""
 
         def edit(entry: Any) -> bool:
             if imagefile.path(entry.reg) not in self._read:
                 return False
-            for name in ("size", "mode", "build_id"):
-                entry.reg.ClearField(name)
+            entry.reg.ClearField("size")
             return True
 
         if self._read:

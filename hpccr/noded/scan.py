@@ -24,6 +24,7 @@ GONE = (FileNotFoundError, ProcessLookupError)
 DELETED = " (deleted)"
 """What /proc puts after the name of a file that is not there any more."""
 
+
 @dataclass(frozen=True)
 class Task:
     """One process as /proc/PID/status tells it."""

@@ -359,6 +359,47 @@ def files_that_come_and_go_in_private_places_hurt_nothing(home: Path) -> None:
             one.checkpoint(directory)
 
 
+READ_ONLY = """
+    import os, sys
+    os.chdir(sys.argv[1])
+    written = os.open("result", os.O_RDWR | os.O_CREAT, 0o444)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        os.write(written, line.encode())
+        print(os.pread(written, 100, 0), flush=True)
+"""
+
+
+@case
+def a_file_may_be_read_only_while_it_is_written(home: Path) -> None:
+    with spool() as directory:
+        with capsule() as one:
+            assert isinstance(one.launch([PYTHON, "-u", "-c", textwrap.dedent(READ_ONLY), str(home)]), Started)
+            one.read_until(b"ready\n")
+            one.write(b"one\n")
+            one.read_until(b"\n")
+            dumped, _ = one.checkpoint(directory)
+            one.write(b"lost\n")
+            one.read_until(b"\n")
+        with capsule() as two:
+            two.restart(directory, dumped)
+            two.write(b"two\n")
+            assert (line := two.read_until(b"\n")) == b"b'one\\ntwo\\n'\n", line
+
+
+@case
+def a_program_that_can_only_be_executed_is_refused(home: Path) -> None:
+    program = home / "sleep"
+    shutil.copy("/usr/bin/sleep", program)
+    program.chmod(0o711)
+    with spool() as directory, capsule() as one:
+        one.script(
+            f"import subprocess; p = subprocess.Popen(['{program}', '1000']); print('ready', flush=True); p.wait()"
+        )
+        one.read_until(b"ready\n")
+        capsule_init_checks.expect_failed(one.prepare(directory), str(program), "cannot open again", code=13)
+
+
 READERS = """
     import mmap, os, sys
     os.chdir(sys.argv[1])
