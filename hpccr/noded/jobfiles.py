@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from hpccr.errors import HpccrError, LockedError
+from blake3 import blake3
+
+from hpccr.errors import HpccrError, LockedError, UnsupportedError
 from hpccr.model import FILES_DATA, FILES_LIST, FileRules, ReadFile
 from hpccr.noded import child, imagefile, rollback, scan, snapshot, syscalls
 from hpccr.noded.capsule import Capsule
@@ -51,7 +53,17 @@ class Saving:
         """While the tasks run: bytes that the files will take. Raises UnsupportedError naming one that cannot be
         saved."""
         self._look(tree)
-        request = self._request(frozenset())
+        while True:
+            try:
+                return await self._measure(self._request(frozenset()))
+            except UnsupportedError:
+                # A name that had just been removed, of a file that is closed by now, is nothing to refuse.
+                before = self._nameless
+                self._look(tree)
+                if {file.key for file in before} <= {file.key for file in self._nameless}:
+                    raise
+
+    async def _measure(self, request: snapshot.Request) -> int:
         if not request.files and not request.trees and not request.nameless:
             return 0
         return int(await self._work(lambda: snapshot.measure(request)))
@@ -255,9 +267,13 @@ def _tree_identity(tree: str) -> bytes:
     """b"" where there is none: nobody else has it then either, or each has its own. The first byte chooses who saves
     it (the coordinator's saved_elsewhere): 0 is the first capsule, which has copied it ahead."""
     try:
-        return b"\0" + scan.identity(tree, os.stat(tree, follow_symlinks=False))[1:]
+        status = os.stat(tree, follow_symlinks=False)
     except OSError:
         return b""
+    if status.st_dev in network_devices():
+        # Nodes keep what they know of a directory for a while: times and sizes may differ, and it is the same one.
+        return b"\0" + blake3(f"{status.st_ino} ".encode() + os.fsencode(tree)).digest(length=15)
+    return b"\0" + scan.identity(tree, status)[1:]
 
 
 def network_devices(mountinfo: str | None = None) -> frozenset[int]:
@@ -302,7 +318,9 @@ async def roll_back(home: Capsule, directory: int) -> int:
     try:
         for name in (FILES_LIST, FILES_DATA):
             fds.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
-        return int(await child.work(home.reaper, lambda: rollback.roll_back(*fds), identity=home.identity, keep=fds))
+        own = home.network.own if home.network is not None else 0
+        work = lambda: rollback.roll_back(fds[0], fds[1], own)  # noqa: E731
+        return int(await child.work(home.reaper, work, identity=home.identity, keep=fds))
     except FileNotFoundError as error:
         raise HpccrError(f"the checkpoint has no {error.filename}: it was made by another version of hpccr") from None
     finally:

@@ -345,6 +345,11 @@ class NamelessFile:
     status: os.stat_result
     holder: str
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Which name of which file it is."""
+        return self.path, self.status.st_dev, self.status.st_ino
+
 
 def nameless_files(whole: Tree, private: Iterable[str]) -> tuple[NamelessFile, ...]:
     """All of them outside private directories, by path and inode. CRIU finds such a file again by a link of its own

@@ -85,6 +85,7 @@ def measure(request: Request) -> int:
     matter of the moment: the tasks run."""
     total = 0
     for nameless in request.nameless:
+        _remove_stale_links(nameless, request.remaps)
         path = other_names(nameless)[0]
         status = os.stat(path, follow_symlinks=False)
         _check_size(path, status, request.limit)
@@ -135,6 +136,17 @@ def save(request: Request, list_fd: int, data_fd: int) -> int:
     """Save everything; how many entries the list has. list_fd, data_fd: as copy_ahead() left them, or empty.
     Raises UnsupportedError naming what cannot be saved, OSError."""
     return _Saving(request, list_fd, data_fd).run()
+
+
+def _remove_stale_links(file: Nameless, wanted: Sequence[str]) -> None:
+    """CRIU could not link the file again where a link of its own is left from a dump in which the node died."""
+    directory = os.path.dirname(file.path)
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if CRIU_LINK.fullmatch(entry.name) and entry.path not in wanted:
+                status = os.stat(entry.path, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) == (file.device, file.inode):
+                    os.unlink(entry.path)
 
 
 def other_names(file: Nameless) -> list[str]:
@@ -370,11 +382,12 @@ def _entry(
         extents=extents,
         target=target,
         same=same,
-        xattrs=_attributes(fd if fd >= 0 else path) if kind in (stat.S_IFREG, stat.S_IFDIR) else {},
+        xattrs=attributes(fd if fd >= 0 else path) if kind in (stat.S_IFREG, stat.S_IFDIR) else {},
     )
 
 
-def _attributes(where: int | str) -> dict[str, bytes]:
+def attributes(where: int | str) -> dict[str, bytes]:
+    """The extended attributes of a file or directory that are saved with it."""
     found = {}
     try:
         for name in os.listxattr(where):
