@@ -218,6 +218,7 @@ def _command(
         tasks_per_capsule=allocation.tasks if allocation else (os.cpu_count() or 1,),
         subnet=config.network.subnet,
         secret="",
+        private=config.capsule.private,
     )
     for warning in warnings:
         log.warning("%s", warning)

@@ -27,8 +27,12 @@ from hpccr.wire.messages import (
     Release,
     Released,
     Restored,
+    Resume,
+    Resumed,
     RolledBack,
     Started,
+    Unheld,
+    Unhold,
 )
 from msgspec import structs
 
@@ -398,6 +402,151 @@ def a_program_that_can_only_be_executed_is_refused(home: Path) -> None:
         )
         one.read_until(b"ready\n")
         capsule_init_checks.expect_failed(one.prepare(directory), str(program), "cannot open again", code=13)
+
+
+@case
+def a_restore_that_fails_late_leaves_the_older_checkpoint_good(home: Path) -> None:
+    """The files are back as they were at the newer one when it fails: the older one puts them back once more."""
+    log, table, tree = home / "log", home / "table", home / "tree"
+    tree.mkdir()
+    os.chown(tree, USER, USER)
+    script = f"""
+        import os, sys
+        log, table = open("{log}", "a"), os.open("{table}", os.O_RDWR | os.O_CREAT, 0o640)
+        print("ready", flush=True)
+        for number, line in enumerate(sys.stdin):
+            print(line, end="", file=log, flush=True)
+            os.pwrite(table, line.encode(), 0)
+            open(f"{tree}/{{number}}", "w").write(line)
+            print("did", line, end="", flush=True)
+        """
+    rules = FileRules(trees=(str(tree),))
+    with spool() as older, spool() as newer:
+        with capsule() as one:
+            one.script(script)
+            one.read_until(b"ready\n")
+            one.write(b"first\n")
+            one.read_until(b"did first\n")
+            first, _ = one.checkpoint(older, files=rules)
+            expected = state(home)
+            one.write(b"last\n")
+            one.read_until(b"did last\n")
+            last, _ = one.checkpoint(newer, files=rules)
+        path = Path(os.readlink(f"/proc/self/fd/{newer}")) / f"mm-{last.image.root_pid}.img"
+        path.write_bytes(path.read_bytes()[:12])
+        log.unlink()
+        with capsule() as two:
+            capsule_init_checks.expect_failed(two.restore(newer, last), "CRIU could not restore")
+            assert log.read_text() == "first\nlast\n" and table.read_text() == "last\n\n" and (tree / "1").exists()
+        with capsule() as three:
+            three.restart(older, first)
+            assert state(home) == expected
+            three.write(b"again\n")
+            three.read_until(b"did again\n")
+        assert log.read_text() == "first\nagain\n"
+
+
+def state(top: Path) -> dict[str, object]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(top.rglob("*"))}
+
+
+@case
+def twenty_restarts_in_a_row(home: Path) -> None:
+    """Each from a checkpoint of the one before; with files in place, appended to, and in a private directory."""
+    log, table = home / "log", home / "table"
+    script = f"""
+        import os, sys
+        log, table = open("{log}", "a"), os.open("{table}", os.O_RDWR | os.O_CREAT, 0o640)
+        scratch = open("/tmp/scratch", "w+")
+        print("ready", flush=True)
+        for number, line in enumerate(sys.stdin):
+            print(number, file=log, flush=True)
+            print(number, file=scratch, flush=True)
+            os.pwrite(table, number.to_bytes(8), 8 * number)
+            scratch.seek(0)
+            print(number, scratch.read() == open("{log}").read(), flush=True)
+        """
+    number = 0
+
+    def step(one: capsule_init_checks.Capsule) -> None:
+        one.write(b"next\n")
+        assert (line := one.read_until(b"\n")) == f"{number} True\n".encode(), line
+
+    with spool() as first, spool() as second:
+        directories = (first, second)
+        with capsule() as one:
+            one.script(script)
+            one.read_until(b"ready\n")
+            step(one)
+            dumped, _ = one.checkpoint(first, kill=True)
+        for number in range(1, 21):
+            with capsule() as next_one:
+                next_one.restart(directories[(number - 1) % 2], dumped)
+                step(next_one)
+                dumped, _ = next_one.checkpoint(directories[number % 2], kill=True)
+    assert log.read_text().split() == [str(n) for n in range(21)]
+    assert table.read_bytes() == b"".join(n.to_bytes(8) for n in range(21))
+
+
+DATAGRAMS = """
+    import os, socket, sys
+    talk = socket.socket(type=socket.SOCK_DGRAM)
+    talk.settimeout(0.2)
+    own, other = (f"10.90.0.{10 + int(word)}" for word in sys.argv[1:3])
+    talk.bind((own, 7777))
+    talk.connect((other, 7777))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line == "hear\\n":
+            print("heard", talk.recv(99).decode(), end="", flush=True)
+        else:
+            talk.send(line.encode())
+            print("sent", flush=True)
+"""
+
+
+@case
+def datagrams_between_capsules_find_their_way(home: Path) -> None:
+    """UDP sockets are where they were, also connected ones. What waits in one is lost, as datagrams may be."""
+    spools, vni = contextlib.ExitStack(), capsule_init_checks.VNI
+
+    def say(source: capsule_init_checks.Capsule, target: capsule_init_checks.Capsule, word: bytes) -> None:
+        source.write(word)
+        source.read_until(b"sent\n")
+        target.write(b"hear\n")
+        assert (line := target.read_until(b"\n")) == b"heard " + word, line
+
+    with capsule_init_checks.underlay(), spools:
+        directories = [spools.enter_context(spool()) for _ in range(2)]
+        with capsule() as one, capsule() as two:
+            both = (one, two)
+            for own, each in enumerate(both):
+                capsule_init_checks.connect(each, own, [vni, vni + 1])
+                argv = [PYTHON, "-u", "-c", textwrap.dedent(DATAGRAMS), str(own), str(1 - own)]
+                assert isinstance(each.launch(argv), Started)
+                each.read_until(b"ready\n")
+            say(one, two, b"before\n")
+            for each, directory in zip(both, directories, strict=True):
+                prepared = each.prepare(directory)
+                assert isinstance(prepared, Prepared), prepared
+            for each in both:
+                assert isinstance(each.ask(Freeze()), Frozen)
+            dumps = [each.ask(Dump()) for each in both]
+            for each in both:
+                assert isinstance(each.ask(Release(kill=False)), Released)
+            say(two, one, b"after\n")
+        with capsule() as one, capsule() as two:
+            both = (one, two)
+            for own, (each, directory, dumped) in enumerate(zip(both, directories, dumps, strict=True)):
+                capsule_init_checks.connect(each, own, [vni + 2, vni + 3])
+                assert isinstance(dumped, InitDumped), dumped
+                restored = each.restore(directory, dumped)
+                assert isinstance(restored, Restored), restored
+            for request, reply in ((Resume(), Resumed), (Unhold(), Unheld)):
+                for each in both:
+                    assert isinstance(each.ask(request), reply)
+            say(one, two, b"restored\n")
+            say(two, one, b"both ways\n")
 
 
 READERS = """
