@@ -177,7 +177,7 @@ def _move_temporary(result: dict[str, str], private: Sequence[str], warnings: li
             continue
         if value:
             warnings.append(
-                f"{name}={value} becomes {private[0]}, which is saved with a checkpoint: set it in the script to keep it"
+                f"{name}={value} becomes {private[0]}, saved with each checkpoint (set it in the script to keep it)"
             )
         result[name] = private[0]
 
