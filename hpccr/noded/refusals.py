@@ -98,8 +98,7 @@ def _check_name(task: Task, fd: str, link: str) -> None:
     if link.count("/") == 1 and _is_queue(task, fd):
         raise UnsupportedError(f"process {task} has the POSIX message queue {link} open", hint=_CLOSE)
     # What NFS calls a file that was removed while it is open. It goes with the last descriptor.
-    status = os.stat(f"/proc/{task.pid}/fd/{fd}")
-    if stat.S_ISREG(status.st_mode) and os.path.basename(link).startswith(".nfs"):
+    if os.path.basename(link).startswith(".nfs") and stat.S_ISREG(os.stat(f"/proc/{task.pid}/fd/{fd}").st_mode):
         raise UnsupportedError(
             f"process {task} has {link.removesuffix(DELETED)} open, a file of NFS whose name was removed",
             hint="let the program keep its scratch files in /tmp (TMPDIR) or not remove them while they are open",
