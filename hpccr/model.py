@@ -169,6 +169,8 @@ class CapsuleImage(msgspec.Struct, frozen=True):
     private: tuple[PrivateTree, ...] = ()
     files: int = 0
     """Names and links in FILES_LIST: what a restore puts back outside the private directories."""
+    read: int = 0
+    """Files in FILES_LIST that the job only reads."""
     criu_version: int = 0
     """As CRIU reports it over RPC: major * 10000 + minor * 100 + sublevel."""
     kernel: str = ""

@@ -153,7 +153,8 @@ class Checkpoint:
         )
         await self._reach("post-dump", "dump the job")
         await self._saving.finish(self._files.remaps())
-        return InitDumped(image=msgspec.structs.replace(image, files=await self._files.finish()))
+        saved = await self._files.finish()
+        return InitDumped(image=msgspec.structs.replace(image, files=saved, read=self._files.read))
 
     async def release(self, *, kill: bool) -> Released:
         """Let the tasks run on, or kill them where they stand. The checkpoint is made in either case."""

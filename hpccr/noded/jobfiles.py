@@ -195,6 +195,11 @@ class Saving:
         files = imagefile.read(self._directory, "files.img", images.fdinfo_pb2.file_entry)
         return tuple(sorted({imagefile.path(entry.reg) for entry in files if entry.id in linked}))
 
+    @property
+    def read(self) -> int:
+        """How many files the tasks only read."""
+        return len(self._read)
+
     def loosen(self) -> None:
         """After the dump: let CRIU not compare the sizes of what the tasks only read. Files may grow, and be edited, as
         long as a job runs; whether they are the same is looked at by inode (rollback.link)."""

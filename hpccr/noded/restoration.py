@@ -50,7 +50,7 @@ class Restoration:
         await self._capsule.criu(self._directory).probe()
         self._capsule.hold.on()
         set_last_pid(_LOW_PIDS)
-        if image.files:
+        if image.files or image.read:
             await jobfiles.link(self._capsule, self._directory)
         self._times = await private.restore(self._capsule, image.private, self._directory)
         self._criu.restore(

@@ -133,7 +133,7 @@ def copy_ahead(request: Request, list_fd: int, data_fd: int, *, first: bool) -> 
 
 
 def save(request: Request, list_fd: int, data_fd: int) -> int:
-    """Save everything; how many entries the list has. list_fd, data_fd: as copy_ahead() left them, or empty.
+    """Save everything; how many names and links there are. list_fd, data_fd: as copy_ahead() left them, or empty.
     Raises UnsupportedError naming what cannot be saved, OSError."""
     return _Saving(request, list_fd, data_fd).run()
 
@@ -277,7 +277,7 @@ class _Saving:
             read=tuple(request.read),
         )
         write_list(self._list, msgspec.msgpack.encode(saved))
-        return len(saved.files) + len(saved.links) + len(saved.read)
+        return len(saved.files) + len(saved.links)
 
     def _link(self, remap: str) -> Link:
         status = os.stat(remap, follow_symlinks=False)
