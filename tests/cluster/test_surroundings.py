@@ -66,21 +66,20 @@ print("connected again", again)
 
 def test_a_connection_to_a_server_outside(jobs: Jobs, cluster: Cluster) -> None:
     """It goes on over a checkpoint, and after a restart the program finds it ended at once, and can connect anew."""
-    server = cluster.popen("ctl", "python3", "-u", "-c", SERVER)
-    try:
-        assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        job = jobs.submit("python3 client.py", nodes=1, tasks=1, files={"client.py": CLIENT})
-        wait_for("step 3", lambda: steps(job) > 3)
-        job.checkpoint()
-        before = steps(job)
-        wait_for("more steps", lambda: steps(job) > before + 2)
-        job.requeue()
-        job.open_gate()
-        job.wait_success()
-        assert job.said() == "".join(f"step {number}\n" for number in range(60)) + "connected again 1\n"
-    finally:
-        server.kill()
-        server.wait()
+    with cluster.popen("ctl", "python3", "-u", "-c", SERVER) as server:
+        try:
+            assert server.stdout is not None and server.stdout.readline() == "ready\n"
+            job = jobs.submit("python3 client.py", nodes=1, tasks=1, files={"client.py": CLIENT})
+            wait_for("step 3", lambda: steps(job) > 3)
+            job.checkpoint()
+            before = steps(job)
+            wait_for("more steps", lambda: steps(job) > before + 2)
+            job.requeue()
+            job.open_gate()
+            job.wait_success()
+            assert job.said() == "".join(f"step {number}\n" for number in range(60)) + "connected again 1\n"
+        finally:
+            server.kill()
 
 
 def steps(job: Job) -> int:
