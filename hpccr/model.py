@@ -99,16 +99,26 @@ class Link(msgspec.Struct, frozen=True, array_like=True):
     other: bytes
 
 
+class ReadFile(msgspec.Struct, frozen=True, array_like=True):
+    """A file that the job has open and only reads, as it was at the checkpoint. It is the user's affair and not put
+    back."""
+
+    path: bytes
+    inode: int
+    size: int
+
+
 class SavedFiles(msgspec.Struct, frozen=True):
     """FILES_LIST of a fragment. trees: directories that are put back as a whole, but for what is in `excluded`;
     elsewhere: files of this capsule that another capsule of the checkpoint has saved; links: made when all files are
-    back, for as long as CRIU restores."""
+    back, for as long as CRIU restores; read: what has to be there besides."""
 
     files: tuple[SavedFile, ...] = ()
     trees: tuple[bytes, ...] = ()
     excluded: tuple[bytes, ...] = ()
     elsewhere: tuple[bytes, ...] = ()
     links: tuple[Link, ...] = ()
+    read: tuple[ReadFile, ...] = ()
 
 
 class FileRules(msgspec.Struct, frozen=True):
@@ -159,6 +169,8 @@ class CapsuleImage(msgspec.Struct, frozen=True):
     private: tuple[PrivateTree, ...] = ()
     files: int = 0
     """Names and links in FILES_LIST: what a restore puts back outside the private directories."""
+    read: int = 0
+    """Files in FILES_LIST that the job only reads."""
     criu_version: int = 0
     """As CRIU reports it over RPC: major * 10000 + minor * 100 + sublevel."""
     kernel: str = ""

@@ -154,8 +154,13 @@ def _with_options(config: Config, args: argparse.Namespace) -> Config:
             raise UsageError("--keep needs at least 1")
         config = structs.replace(config, store=structs.replace(config.store, keep=args.keep))
     trees = tuple(os.path.realpath(os.path.expanduser(tree)) for tree in args.files or config.files.trees)
-    if "/" in trees:
-        raise UsageError("--files / would make the whole system part of the job", hint="name the job's directories")
+    home = os.path.realpath(os.path.expanduser("~"))
+    for tree in trees:
+        if home == tree or home.startswith(tree.rstrip("/") + "/"):
+            raise UsageError(
+                f"--files {tree} would put your whole home directory back at a restart, other jobs' results included",
+                hint="name the job's own directories",
+            )
     config = structs.replace(config, files=structs.replace(config.files, trees=trees))
     parse_interval(config.checkpoint.interval)  # a mistake is told before anything is started
     return config
@@ -247,6 +252,7 @@ def _command(
         tasks_per_capsule=allocation.tasks if allocation else (os.cpu_count() or 1,),
         subnet=config.network.subnet,
         secret="",
+        private=config.capsule.private,
     )
     for warning in warnings:
         log.warning("%s", warning)

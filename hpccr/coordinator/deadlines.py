@@ -28,8 +28,8 @@ def timeout(phase: Phase, config: Config, patience: float) -> float:
         case Phase.ASKING:
             return limits.prepare_timeout
         case Phase.PREPARING:
-            # Trees are copied as far as they can be, which takes the time that a dump may take.
-            return limits.prepare_timeout + (limits.dump_timeout if config.files.trees else 0)
+            # Files are written out and trees copied, which takes the time that a dump may take.
+            return limits.prepare_timeout + limits.dump_timeout
         case Phase.ARRIVING | Phase.FINISHING:
             return patience + limits.prepare_timeout
         case Phase.FREEZING | Phase.SURVEYING:

@@ -77,6 +77,9 @@ REMOVED = (
 OF_OUTER_STEP = re.compile(r"^(PMI_|PMI2_|PMIX_(?!MCA_)|SLURM_STEP_|SLURM_STEPID$|SLURM_TASK_PID$|SLURM_SRUN_)")
 """What an srun around `hpccr run` says to its own task: a rank inside would take itself for that task."""
 
+TEMPORARY = ("TMPDIR", "TMP", "TEMP")
+"""Where programs put temporary files; only the first is set where it was not."""
+
 HOST_NAMES = ("SLURMD_NODENAME", "SLURM_TOPOLOGY_ADDR", "HOSTNAME", "HOST")
 
 
@@ -92,13 +95,14 @@ def capsule_environment(
     rsh_port: int = RSH_PORT,
     python: str = sys.executable,
     shims: str = SHIMS,
+    private: Sequence[str] = ("/tmp",),  # noqa: S108 - private to the capsule
 ) -> tuple[dict[str, str], list[str]]:
     """The environment of the user's command in capsule 0, made from the one `hpccr run` was given, and warnings.
 
     tasks_per_capsule: as Slurm granted them, in capsule order. subnet: of the capsule network, in CIDR notation.
     device: its device; "": the capsule uses the node's own network, and no interface is chosen. rsh: absolute path of
     hpccr-rsh, rsh_port: where the launch roots listen; python: the interpreter that runs it. secret: of the step.
-    shims: directory that comes first on the PATH.
+    shims: directory that comes first on the PATH. private: directories that each capsule has for itself (config).
     Raises ValueError if tasks_per_capsule does not fit capsules.
     """
     if len(tasks_per_capsule) != capsules:
@@ -106,6 +110,7 @@ def capsule_environment(
     result = {name: value for name, value in environ.items() if not OF_OUTER_STEP.match(name)}
     warnings: list[str] = []
     _rename_nodes(result, tasks_per_capsule)
+    _move_temporary(result, private, warnings)
     launchers = _launchers(rsh, several=capsules > 1)
     for setting in [*launchers, *_transports(), *(_interfaces(device, subnet) if device else [])]:
         _apply(setting, result, warnings)
@@ -159,6 +164,22 @@ def _rename_nodes(result: dict[str, str], tasks: Sequence[int]) -> None:
         "SLURM_TASKS_PER_NODE": compress_tasks(tasks),
         "SLURM_NODEID": "0",
     }
+
+
+def _move_temporary(result: dict[str, str], private: Sequence[str], warnings: list[str]) -> None:
+    """Temporary files go where a checkpoint saves them. What a site or sbatch's caller has set is another node's after
+    a restart, and a directory in a private place is not there at first."""
+    if not private:
+        return
+    for name in TEMPORARY:
+        value = result.get(name, "")
+        if value in private or (not value and name != "TMPDIR"):
+            continue
+        if value:
+            warnings.append(
+                f"{name}={value} becomes {private[0]}, saved with each checkpoint (set it in the script to keep it)"
+            )
+        result[name] = private[0]
 
 
 def _launchers(rsh: str, *, several: bool) -> list[Setting]:

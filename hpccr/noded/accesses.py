@@ -1,7 +1,8 @@
 """What restored tasks have open, compared with what their user may open.
 
 CRIU opens files as root, by the paths in its images, and a user can change what a path leads to. So before any task
-runs each file is opened once more, with the user's ids.
+runs each file is opened once more, with the user's ids. And before a checkpoint is made: what a restore would not give
+the tasks is refused then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hpccr.errors import CorruptError
+from hpccr.errors import CorruptError, UnsupportedError
 from hpccr.noded.scan import DELETED, GONE, Task, Tree, descriptor_flags, mappings
 
 
@@ -86,17 +87,55 @@ def check(wanted: Iterable[Access]) -> None:
             )
 
 
+def refuse_unopenable(wanted: Iterable[Access]) -> None:
+    """As whoever calls this (a child with the user's ids), while the tasks run. Raises UnsupportedError naming a file
+    that a task has but its user may not open, so that no restore would give it back."""
+    for access in wanted:
+        try:
+            _open_as(access)
+        except PermissionError as error:
+            raise UnsupportedError(
+                f"process {access.holder} has {access.path} open, which the user cannot open again: {error.strerror}",
+                hint="give the user the right to read it (a program that can only be executed cannot be checkpointed), "
+                "or to write it where the job writes",
+            ) from None
+        except OSError:
+            continue  # a matter of the moment, or the dump's
+
+
+def refuse_unreachable(wanted: Iterable[Access]) -> None:
+    """As root: CRIU goes to all files by their names. Raises UnsupportedError naming one that only the user reaches."""
+    for access in wanted:
+        try:
+            os.stat(access.path)
+        except PermissionError as error:
+            raise UnsupportedError(
+                f"process {access.holder} has {access.path} open, and root on this node cannot get there: "
+                f"{error.strerror}",
+                hint="its file system keeps root out (NFS: root_squash; FUSE: no allow_root): let others pass through "
+                "the directories above it (chmod o+x), or have it exported with no_root_squash",
+            ) from None
+        except OSError:
+            continue
+
+
 _MODES = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
 
 
 def _open_as(access: Access) -> os.stat_result:
-    """The file that an open() like the task's gives, with no more than a look where opening would break a lease."""
+    """The file that an open() like the task's gives, with no more than a look where opening would break a lease. What
+    is the user's own is open to the user whatever its mode: a program may write to a file that it made read-only."""
     path = access.path if access.handle < 0 else f"/proc/self/fd/{access.handle}"
     if access.leased:
         if not os.access(path, _MODES[access.flags & os.O_ACCMODE]):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return os.stat(path)
-    fd = os.open(path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, access.flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        if (status := os.stat(path)).st_uid != os.geteuid():
+            raise
+        return status
     try:
         return os.fstat(fd)
     finally:

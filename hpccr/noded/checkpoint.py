@@ -16,7 +16,20 @@ import msgspec
 
 from hpccr.errors import HpccrError, LockedError
 from hpccr.model import CapsuleImage
-from hpccr.noded import capsule, interrupted, jobfiles, outside, private, scan, services, syscalls
+from hpccr.noded import (
+    accesses,
+    capsule,
+    child,
+    imagefile,
+    interrupted,
+    jobfiles,
+    outside,
+    private,
+    refusals,
+    scan,
+    services,
+    syscalls,
+)
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
 from hpccr.noded.criu import Final
@@ -45,7 +58,7 @@ class Checkpoint:
         self._request = request
         self._directory = directory
         self._criu = home.criu(directory)
-        self._saving = private.Saving(home.reaper, home.places, directory)
+        self._saving = private.Saving(home, directory)
         self._criu_version = 0
         self._stopped_at = 0.0
         self._files = jobfiles.Saving(home, request.files, directory)
@@ -57,10 +70,12 @@ class Checkpoint:
     async def prepare(self) -> Prepared:
         """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
         tree = self._tree()
-        scan.check_namespaces(tree)
-        scan.check_open(tree, self._capsule.places)
+        refusals.check_namespaces(tree)
+        refusals.check_traced(tree)
+        refusals.check_open(tree, self._capsule.places)
+        refusals.check_ghosts(tree, self._request.ghost_limit)
         scan.check_whole(tree, self._capsule.identity.uid)
-        private.check_sizes(self._capsule.places, self._request.private_limit)
+        private.check(self._capsule, self._request.private_limit)
         services.check(tree)
         if self._request.outside == "refuse":
             outside.refuse(tree, self._capsule.inside)
@@ -71,7 +86,10 @@ class Checkpoint:
                 f"the dump may take {needed} bytes and the spool has {self._request.room} free",
                 hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
             )
+        await self._check_reachable(tree)
         await self._files.copy_ahead()
+        # The most of it, so that little is left when everything stands still.
+        await self._files.write_out(tree)
         await self._capsule.criu(self._directory).probe()
         self._criu_version = await self._capsule.criu(self._directory).version()
         self._criu.on_killed = lambda: repair_sockets(self._tree())
@@ -86,6 +104,20 @@ class Checkpoint:
         await self._reach("pre-dump", "start")
         return Prepared(estimate=needed)
 
+    async def _check_reachable(self, tree: scan.Tree) -> None:
+        """CRIU, as root, finds what the tasks have by name, and so has the user to."""
+        reaper, identity = self._capsule.reaper, self._capsule.identity
+        found = accesses.collect(tree)
+        handles = [access.handle for access in found if access.handle >= 0]
+        places = (*self._capsule.places, "/proc", "/sys")
+        named = [access for access in found if access.handle < 0 and not scan.below(access.path, places)]
+        try:
+            await child.work(reaper, lambda: accesses.refuse_unreachable(named), identity=None)
+            await child.work(reaper, lambda: accesses.refuse_unopenable(named), identity=identity)
+        finally:
+            for handle in handles:
+                os.close(handle)
+
     async def freeze(self) -> Frozen:
         """Stop all tasks, hold the network, and check again what may have changed since prepare()."""
         self._stopped_at = time.monotonic()
@@ -94,6 +126,7 @@ class Checkpoint:
         self._capsule.hold.on()
         self._scanned = self._tree()
         scan.check_whole(self._scanned, self._capsule.identity.uid)
+        refusals.check_open(self._scanned, self._capsule.places)
         services.check(self._scanned)
         await services.cut(self._scanned)
         await self._files.write_out(self._scanned)
@@ -106,7 +139,6 @@ class Checkpoint:
     async def dump(self, elsewhere: tuple[bytes, ...]) -> InitDumped:
         """Write everything into the spool directory: CRIU's images, private directories, the job's files."""
         self._files.start(frozenset(elsewhere))
-        self._saving = private.Saving(self._capsule.reaper, self._capsule.places, self._directory)
         self._saving.start()
         self._criu.answer(True)
         image = CapsuleImage(
@@ -120,8 +152,9 @@ class Checkpoint:
             cpu_flags=scan.cpu_flags(),
         )
         await self._reach("post-dump", "dump the job")
-        await self._saving.finish()
-        return InitDumped(image=msgspec.structs.replace(image, files=await self._files.finish()))
+        await self._saving.finish(self._files.remaps())
+        saved = await self._files.finish()
+        return InitDumped(image=msgspec.structs.replace(image, files=saved, read=self._files.read))
 
     async def release(self, *, kill: bool) -> Released:
         """Let the tasks run on, or kill them where they stand. The checkpoint is made in either case."""
@@ -141,18 +174,12 @@ class Checkpoint:
         return Released(frozen_seconds=frozen, criu_freeze_seconds=self._criu_seconds())
 
     def _repair_images(self) -> None:
-        """See interrupted.py. The tasks run, or are dead, and nobody has read the images yet."""
+        """See interrupted.py and jobfiles.py. The tasks run, or are dead, and nobody has read the images yet."""
         for name in os.listdir(self._directory):
-            if not (name.startswith("core-") and name.endswith(".img")):
-                continue
-            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
-            with os.fdopen(fd, "r+b") as file:
-                image = self._capsule.images.load(file)
-                (entry,) = image["entries"]
-                if interrupted.repair(entry):
-                    file.seek(0)
-                    file.truncate()
-                    self._capsule.images.dump(image, file)
+            if name.startswith("core-") and name.endswith(".img"):
+                core = self._capsule.images.core_pb2.core_entry
+                imagefile.change(self._directory, name, core, interrupted.repair)
+        self._files.loosen()
 
     def _criu_seconds(self) -> float:
         """CRIU's own measure of how long the tasks were stopped; 0 where it did not write its statistics."""
@@ -166,14 +193,15 @@ class Checkpoint:
 
     async def abort(self) -> None:
         """Give up wherever it stands: the tasks run on as if nothing had been. May be called more than once."""
-        await self._files.cancel()
-        await self._saving.cancel()
+        # First of all the tasks: a helper that storage keeps from dying must not keep them.
         try:
             await asyncio.wait_for(self._criu.give_up(), ABORT_SECONDS)
         except TimeoutError:
             print(f"hpccr: CRIU does not give up after {ABORT_SECONDS:.0f} s, killing it", file=sys.stderr)
             await self._criu.kill()
         self._capsule.hold.off()
+        await self._files.cancel()
+        await self._saving.cancel()
 
     async def _reach(self, barrier: str, what: str) -> None:
         word = await self._criu.until(barrier)

@@ -78,7 +78,9 @@ def call(function: Callable[[], Any], *, identity: Identity | None = None, keep:
 class Helper:
     """call() for what may take long: capsule init goes on meanwhile, and can end it."""
 
-    def __init__(self, reaper: Reaper, function: Callable[[], Any], *, identity: Identity, keep: Iterable[int]) -> None:
+    def __init__(
+        self, reaper: Reaper, function: Callable[[], Any], *, identity: Identity | None, keep: Iterable[int]
+    ) -> None:
         """Starts at once. `keep` may be closed here afterwards."""
         self.pid, reading = _start(function, identity, keep)
         self._exited = reaper.watch(self.pid)
@@ -99,8 +101,10 @@ class Helper:
         self._pipe.close()
 
 
-async def work(reaper: Reaper, function: Callable[[], Any], *, identity: Identity, keep: Iterable[int] = ()) -> Any:
-    """A Helper's result. When this is cancelled the helper is ended."""
+async def work(
+    reaper: Reaper, function: Callable[[], Any], *, identity: Identity | None, keep: Iterable[int] = ()
+) -> Any:
+    """A Helper's result. identity: as for call(). When this is cancelled the helper is ended."""
     helper = Helper(reaper, function, identity=identity, keep=keep)
     try:
         return await helper.result()
@@ -150,15 +154,24 @@ def _child(function: Callable[[], Any], identity: Identity | None, writing: int,
         os._exit(0)
 
 
-def execute(argv: list[str], *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None) -> int:
+def execute(
+    argv: list[str],
+    *,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    before_exec: Callable[[], None] | None = None,
+) -> int:
     """Start a tool of root's, with a clean environment, nothing open but 0-2 (None: /dev/null); its pid.
 
-    A tool that cannot be executed exits 127.
+    before_exec is called first in the new process. A tool that cannot be executed exits 127.
     """
     pid = os.fork()
     if pid:
         return pid
     try:
+        if before_exec is not None:
+            before_exec()
         reset_signals()
         redirect(stdin, stdout, stderr)
         syscalls.close_range(3)

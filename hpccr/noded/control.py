@@ -159,8 +159,8 @@ class InitPrepare(Message, frozen=True):
 class InitDumped(Message, frozen=True):
     """All images but stats-dump are in the spool directory; tasks still stopped. image.frozen_seconds is 0.
 
-    Besides the images there are dump.log, private-N.tar and, where image.files is not 0, model.FILES_LIST and
-    model.FILES_DATA. With Release(kill=True) stats-dump may never come.
+    Besides the images there are dump.log, private-N.tar and, where image.files or image.read is not 0,
+    model.FILES_LIST and model.FILES_DATA. With Release(kill=True) stats-dump may never come.
     """
 
     image: CapsuleImage

@@ -212,6 +212,8 @@ class Criu:
                 # Slurm put the job's processes where they belong and will do so again.
                 manage_cgroups_mode=self._rpc.IGNORE,
                 cpu_cap=CPU_FPU | CPU_INS,
+                # Whether the user may have a file is checked by trying (accesses.py), not by its mode then.
+                skip_file_rwx_check=True,
                 **options,
             ),
         )

@@ -12,36 +12,36 @@ from __future__ import annotations
 
 import errno
 import platform
-from collections.abc import Mapping
 from typing import Any
 
 _POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP = 7, 35, 202, 230
 _INTERRUPTED = (1 << 64) - errno.EINTR
 _INSTRUCTION = 2
 """Bytes of SYSCALL."""
+_NATIVE = 1
+"""user_x86_regs_mode of CRIU's images (images/core-x86.proto)."""
 
 
-def repair(entry: dict[str, Any]) -> bool:
-    """Change a thread's entry of a core image, as pycriu gives it; whether there was anything to change."""
-    if platform.machine() != "x86_64" or "thread_info" not in entry or _has_signals(entry):
+def repair(entry: Any) -> bool:
+    """Change a thread's entry of a core image (core_entry); whether there was anything to change."""
+    if platform.machine() != "x86_64" or not entry.HasField("thread_info"):
         return False
-    registers = entry["thread_info"]["gpregs"]
-    call = registers["orig_ax"]
-    if registers["ax"] != _INTERRUPTED or registers.get("mode", "NATIVE") != "NATIVE":
+    registers = entry.thread_info.gpregs
+    call = registers.orig_ax
+    if registers.ax != _INTERRUPTED or registers.mode != _NATIVE:
         return False
-    if call not in (_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP):
+    if call not in (_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP) or _has_signals(entry):
         return False
     # Where the kernel has put what was left becomes what is asked for.
-    if call == _NANOSLEEP and registers["si"]:
-        registers["di"] = registers["si"]
-    elif call == _CLOCK_NANOSLEEP and registers["r10"]:
-        registers["dx"] = registers["r10"]
-    registers["ax"] = call
-    registers["ip"] -= _INSTRUCTION
+    if call == _NANOSLEEP and registers.si:
+        registers.di = registers.si
+    elif call == _CLOCK_NANOSLEEP and registers.r10:
+        registers.dx = registers.r10
+    registers.ax = call
+    registers.ip -= _INSTRUCTION
     return True
 
 
-def _has_signals(entry: Mapping[str, Any]) -> bool:
+def _has_signals(entry: Any) -> bool:
     """Whether a signal waits for it, which may be what ends the call."""
-    queues = [entry.get("tc", {}).get("signals_s", {}), entry.get("thread_core", {}).get("signals_p", {})]
-    return any(queue.get("signals") for queue in queues)
+    return bool(entry.tc.signals_s.signals or entry.thread_core.signals_p.signals)

@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from hpccr.errors import HpccrError
-from hpccr.model import FILES_DATA, FILES_LIST, FileRules
-from hpccr.noded import child, rollback, scan, snapshot, syscalls
+from blake3 import blake3
+
+from hpccr.errors import HpccrError, LockedError, UnsupportedError
+from hpccr.model import FILES_DATA, FILES_LIST, FileRules, ReadFile
+from hpccr.noded import child, imagefile, rollback, scan, snapshot, syscalls
 from hpccr.noded.capsule import Capsule
 
 MAX_SHARED = 4096
 """Files of a capsule of which the others are told; of more than that each capsule saves its own copy."""
 
-_LINKED = "LINKED"
-"""remap_type of CRIU's images (images/remap-file-path.proto)."""
-
 _NETWORK_TYPES = frozenset(
-    ("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "cifs", "smb3", "9p", "afs", "orangefs", "panfs", "wekafs")
+    "nfs nfs4 lustre gpfs ceph beegfs cifs smb3 9p afs orangefs panfs wekafs dvs fuse".split()  # noqa: SIM905
 )
 """File systems on which other nodes see what this one has written only once it has been written out."""
 
@@ -40,6 +39,7 @@ class Saving:
         self._excluded = rules.excluded
         self._files: tuple[scan.OpenFile, ...] = ()
         self._nameless: tuple[scan.NamelessFile, ...] = ()
+        self._read: dict[str, os.stat_result] = {}
         self._identities: dict[str, bytes] = {}
         """Of the trees and of the files outside of them."""
         self._elsewhere: frozenset[bytes] = frozenset()
@@ -53,7 +53,17 @@ class Saving:
         """While the tasks run: bytes that the files will take. Raises UnsupportedError naming one that cannot be
         saved."""
         self._look(tree)
-        request = self._request(frozenset())
+        while True:
+            try:
+                return await self._measure(self._request(frozenset()))
+            except UnsupportedError:
+                # A name that had just been removed, of a file that is closed by now, is nothing to refuse.
+                before = self._nameless
+                self._look(tree)
+                if {file.key for file in before} <= {file.key for file in self._nameless}:
+                    raise
+
+    async def _measure(self, request: snapshot.Request) -> int:
         if not request.files and not request.trees and not request.nameless:
             return 0
         return int(await self._work(lambda: snapshot.measure(request)))
@@ -74,9 +84,9 @@ class Saving:
                 os.close(fd)
 
     async def write_out(self, tree: scan.Tree) -> None:
-        """All tasks of this capsule are stopped: note what there is to save, and bring what was written here to where
-        the other nodes see it."""
-        # Now, not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
+        """Note what there is to save, and bring what was written here to where the other nodes see it. Once while the
+        tasks run, which leaves little for when all tasks of this capsule are stopped."""
+        # Not beside the dump: CRIU opens its own log and images in the tasks while it looks at them.
         self._look(tree)
         self._identities = {}
         if self._shares and (remote := self._remote()):
@@ -103,6 +113,7 @@ class Saving:
     def _look(self, tree: scan.Tree) -> None:
         self._files = scan.open_files(tree, self._capsule.places)
         self._nameless = scan.nameless_files(tree, self._capsule.places)
+        self._read = scan.read_files(tree, self._capsule.places, (file.path for file in self._files))
 
     @property
     def _shares(self) -> bool:
@@ -116,7 +127,7 @@ class Saving:
 
     def _start(self, remaps: tuple[str, ...]) -> None:
         request = replace(self._request(self._elsewhere), remaps=remaps)
-        if not any((request.files, request.trees, request.elsewhere, request.nameless)):
+        if not any((request.files, request.trees, request.elsewhere, request.nameless, request.read)):
             return
         fds = self._open(0 if self._trees else os.O_TRUNC)
         leased = self._descriptors()
@@ -152,9 +163,15 @@ class Saving:
     async def finish(self) -> int:
         """CRIU has written its images: how many names were saved, once all are. Raises UnsupportedError or HpccrError
         naming one that was not."""
+        remaps = tuple(path for path in self.remaps() if not scan.below(path, self._capsule.places))
         if self._nameless:
             # CRIU has linked them by now, and only the images say how.
-            self._start(self._remaps())
+            self._start(remaps)
+        elif remaps:
+            raise LockedError(
+                f"a file that the job has open has lost its name in {os.path.dirname(remaps[0])} during the checkpoint",
+                hint="a process outside the job has removed or replaced it: try again",
+            )
         helper, self._helper = self._helper, None
         if helper is None:
             return 0
@@ -168,17 +185,33 @@ class Saving:
         if helper is not None:
             await helper.cancel()
 
-    def _remaps(self) -> tuple[str, ...]:
-        """The links that CRIU has made outside the private directories (images remap-fpath and files)."""
-        linked = {entry["remap_id"] for entry in self._image("remap-fpath.img") if entry["remap_type"] == _LINKED}
-        paths = {"/" + entry["reg"]["name"].lstrip("/") for entry in self._image("files.img") if entry["id"] in linked}
-        return tuple(sorted(path for path in paths if not scan.below(path, self._capsule.places)))
+    def remaps(self) -> tuple[str, ...]:
+        """The links that CRIU has made, which it takes away again at the release (images remap-fpath and files)."""
+        images = self._capsule.images
+        remaps = imagefile.read(self._directory, "remap-fpath.img", images.remap_file_path_pb2.remap_file_path_entry)
+        linked = {entry.remap_id for entry in remaps if entry.remap_type == images.remap_file_path_pb2.LINKED}
+        if not linked:
+            return ()
+        files = imagefile.read(self._directory, "files.img", images.fdinfo_pb2.file_entry)
+        return tuple(sorted({imagefile.path(entry.reg) for entry in files if entry.id in linked}))
 
-    def _image(self, name: str) -> list[dict[str, Any]]:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
-        with os.fdopen(fd, "rb") as file:
-            entries: list[dict[str, Any]] = self._capsule.images.load(file)["entries"]
-        return entries
+    @property
+    def read(self) -> int:
+        """How many files the tasks only read."""
+        return len(self._read)
+
+    def loosen(self) -> None:
+        """After the dump: let CRIU not compare the sizes of what the tasks only read. Files may grow, and be edited, as
+        long as a job runs; whether they are the same is looked at by inode (rollback.link)."""
+
+        def edit(entry: Any) -> bool:
+            if imagefile.path(entry.reg) not in self._read:
+                return False
+            entry.reg.ClearField("size")
+            return True
+
+        if self._read:
+            imagefile.change(self._directory, "files.img", self._capsule.images.fdinfo_pb2.file_entry, edit)
 
     async def _work[R](self, function: child.Function[R], keep: Iterable[int] = ()) -> R:
         self._helper = child.Helper(self._capsule.reaper, function, identity=self._capsule.identity, keep=keep)
@@ -218,6 +251,7 @@ class Saving:
                 )
                 for file in self._nameless
             ],
+            read=[ReadFile(os.fsencode(path), now.st_ino, now.st_size) for path, now in self._read.items()],
         )
 
     def _remote(self) -> list[str]:
@@ -238,9 +272,13 @@ def _tree_identity(tree: str) -> bytes:
     """b"" where there is none: nobody else has it then either, or each has its own. The first byte chooses who saves
     it (the coordinator's saved_elsewhere): 0 is the first capsule, which has copied it ahead."""
     try:
-        return b"\0" + scan.identity(tree, os.stat(tree, follow_symlinks=False))[1:]
+        status = os.stat(tree, follow_symlinks=False)
     except OSError:
         return b""
+    if status.st_dev in network_devices():
+        # Nodes keep what they know of a directory for a while: times and sizes may differ, and it is the same one.
+        return b"\0" + blake3(f"{status.st_ino} ".encode() + os.fsencode(tree)).digest(length=15)
+    return b"\0" + scan.identity(tree, status)[1:]
 
 
 def network_devices(mountinfo: str | None = None) -> frozenset[int]:
@@ -255,14 +293,14 @@ def _devices(lines: Iterable[str]) -> Iterable[int]:
     for line in lines:
         before, _, after = line.partition(" - ")
         kind = after.split(" ", 1)[0]
-        if kind in _NETWORK_TYPES or kind.startswith("fuse."):
+        if kind.split(".")[0] in _NETWORK_TYPES:
             major, _, minor = before.split()[2].partition(":")
             yield os.makedev(int(major), int(minor))
 
 
 async def link(home: Capsule, directory: int) -> None:
-    """All capsules' files are back: give CRIU the names by which it finds those whose own were removed. Raises
-    HpccrError naming one."""
+    """All capsules' files are back: see that those are there too which the job only reads, and give CRIU the names by
+    which it finds those whose own were removed. Raises HpccrError naming one."""
     await _with_list(home, directory, rollback.link)
 
 
@@ -285,7 +323,9 @@ async def roll_back(home: Capsule, directory: int) -> int:
     try:
         for name in (FILES_LIST, FILES_DATA):
             fds.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
-        return int(await child.work(home.reaper, lambda: rollback.roll_back(*fds), identity=home.identity, keep=fds))
+        own = home.network.own if home.network is not None else 0
+        work = lambda: rollback.roll_back(fds[0], fds[1], own)  # noqa: E731
+        return int(await child.work(home.reaper, work, identity=home.identity, keep=fds))
     except FileNotFoundError as error:
         raise HpccrError(f"the checkpoint has no {error.filename}: it was made by another version of hpccr") from None
     finally:

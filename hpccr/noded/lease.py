@@ -325,8 +325,8 @@ class Lease:
                     private_limit=self._node.config.capsule.private_limit,
                 ),
                 m.Prepared,
-                # Trees are copied as far as they can be, which takes the time that a dump may take.
-                config.prepare_timeout + MARGIN + (config.dump_timeout if request.files.trees else 0),
+                # Files are written out and trees copied, which takes the time that a dump may take.
+                config.prepare_timeout + config.dump_timeout + MARGIN,
                 descriptors=(fd,),
             )
         finally:

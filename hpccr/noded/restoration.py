@@ -50,9 +50,9 @@ class Restoration:
         await self._capsule.criu(self._directory).probe()
         self._capsule.hold.on()
         set_last_pid(_LOW_PIDS)
-        if image.files:
+        if image.files or image.read:
             await jobfiles.link(self._capsule, self._directory)
-        self._times = await private.restore(self._capsule.reaper, image.private, self._directory)
+        self._times = await private.restore(self._capsule, image.private, self._directory)
         self._criu.restore(
             # As CRIU's sibling the root is init's child from the start, but CRIU traces it, and nobody else can.
             {"rst_sibling": not reaps, "ghost_limit": min(self._request.ghost_limit, 0xFFFFFFFF)},
@@ -106,7 +106,7 @@ class Restoration:
         await self._reach("pre-resume")
         # CRIU takes root's identity off the tasks only after post-restore: here they have their own and still stand.
         scan.check_restored(self._tree(), self._capsule.identity)
-        private.set_directory_times(self._times)
+        private.set_directory_times(self._capsule, self._times)
         self._criu.answer(True)
         final = await self._criu.until()
         if not (isinstance(final, Final) and final.success):

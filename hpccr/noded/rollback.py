@@ -13,29 +13,33 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import msgspec
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.model import SavedFile, SavedFiles
+from hpccr.model import ReadFile, SavedFile, SavedFiles
 from hpccr.noded.contents import CHUNK, data_ranges
-from hpccr.noded.snapshot import TEMPORARY, walk
+from hpccr.noded.snapshot import TEMPORARY, attributes, walk
 
 _MAX_NAME = 255
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def roll_back(list_fd: int, data_fd: int) -> int:
-    """Put everything back; how many names were not as they were. Raises HpccrError naming the file."""
-    return _Rollback(_read(list_fd), data_fd).run()
+def roll_back(list_fd: int, data_fd: int, capsule: int) -> int:
+    """Put everything back; how many names were not as they were. Two capsules may put the same file back at the same
+    time. Raises HpccrError naming the file."""
+    return _Rollback(_read(list_fd), data_fd, capsule).run()
 
 
 def link(list_fd: int) -> None:
-    """Make the names by which CRIU finds files whose own names had been removed; it removes them again. When all
-    capsules' files are back: to be replaced since would give such a file's tasks another file. Raises HpccrError."""
-    for wanted in _read(list_fd).links:
+    """When all capsules' files are back: see that what the job only reads is there, and make the names by which CRIU
+    finds files whose own names had been removed, which it removes again. Not earlier: to be replaced since would give
+    such a file's tasks another file. Raises HpccrError naming the file."""
+    saved = _read(list_fd)
+    _check_read(saved.read)
+    for wanted in saved.links:
         path, other = os.fsdecode(wanted.path), os.fsdecode(wanted.other)
         try:
             # A restore that failed may have left it.
@@ -44,6 +48,28 @@ def link(list_fd: int) -> None:
             os.link(other, path, follow_symlinks=False)
         except OSError as error:
             raise _failure(path, error) from None
+
+
+def _check_read(files: Iterable[ReadFile]) -> None:
+    """The same file may have become another one, as it might have under the running job. A program that goes on in
+    the middle of another file, though, reads what nobody has written."""
+    for file in files:
+        path = os.fsdecode(file.path)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise HpccrError(
+                f"the job was reading {path} at the checkpoint, and it is not there any more",
+                hint="put the file back as it was then",
+            ) from None
+        except OSError:
+            continue  # it is checked again when its tasks have it, by name
+        if status.st_ino != file.inode and status.st_size != file.size:
+            raise HpccrError(
+                f"the job was reading {path} at the checkpoint, and there is another file now: it had {file.size} "
+                f"bytes and has {status.st_size}",
+                hint="put the file back as it was then; what a waiting job reads should not be replaced",
+            )
 
 
 def unlink(list_fd: int) -> None:
@@ -55,21 +81,25 @@ def unlink(list_fd: int) -> None:
 
 
 def _read(list_fd: int) -> SavedFiles:
-    with os.fdopen(os.dup(list_fd), "rb") as file:
-        file.seek(0)
-        try:
-            return msgspec.msgpack.decode(file.read(), type=SavedFiles)
-        except msgspec.MsgspecError as error:
-            raise CorruptError(f"the list of the job's files cannot be read: {error}") from None
+    data = os.pread(list_fd, os.fstat(list_fd).st_size, 0)
+    try:
+        return msgspec.msgpack.decode(data, type=SavedFiles)
+    except msgspec.MsgspecError as error:
+        raise CorruptError(f"the list of the job's files cannot be read: {error}") from None
 
 
 class _Rollback:
-    def __init__(self, saved: SavedFiles, data_fd: int) -> None:
+    def __init__(self, saved: SavedFiles, data_fd: int, capsule: int) -> None:
         self._saved = saved
         self._data = data_fd
+        self._suffix = f".{capsule}{TEMPORARY}"
         self._temporary: list[str] = []
         self._then: list[Callable[[], None]] = []
         """The second stage, in order."""
+        self._replaced: list[str] = []
+        """Where files have gone that stood in the place of a directory."""
+        self._undo: list[Callable[[], None]] = []
+        """Takes back what had to be done to names in the first stage, the last first."""
         self._directories: set[str] = set()
         """Where names change: synced at the end."""
         self._changed = 0
@@ -85,9 +115,10 @@ class _Rollback:
                 with _named(file):
                     self._plan(file)
         except BaseException:
-            for path in self._temporary:
+            _unlink(self._temporary)
+            for undo in reversed(self._undo):
                 with suppress(OSError):
-                    os.unlink(path)
+                    undo()
             raise
         try:
             for action in self._then:
@@ -97,6 +128,8 @@ class _Rollback:
                 self._set_attributes(file)
         except OSError as error:
             raise _failure(error.filename, error) from None
+        finally:
+            _unlink([*self._temporary, *self._replaced])
         for path in self._directories:
             with suppress(OSError):
                 _sync(path)
@@ -107,13 +140,20 @@ class _Rollback:
         with _named(file):
             status = _status(path)
             if status is not None and not stat.S_ISDIR(status.st_mode):
-                os.unlink(path)
+                temporary = self._beside(path)
+                self._temporary.remove(temporary)
+                self._replaced.append(temporary)
+                os.rename(path, temporary)
+                self._undo.append(lambda: os.rename(temporary, path))
                 status = None
             if status is None:
-                os.makedirs(path, 0o700)
+                os.makedirs(path, 0o700, exist_ok=True)
+                self._undo.append(lambda: os.rmdir(path))
                 self._changed += 1
             elif status.st_uid == os.geteuid() and status.st_mode & 0o700 != 0o700:
+                mode = stat.S_IMODE(status.st_mode)
                 os.chmod(path, 0o700)  # its own mode comes back at the end
+                self._undo.append(lambda: os.chmod(path, mode))
 
     def _plan(self, file: SavedFile) -> None:
         path = os.fsdecode(file.path)
@@ -209,10 +249,14 @@ class _Rollback:
     def _beside(self, path: str) -> str:
         """A temporary name in the same directory, free to use; the same after a crash, so that nothing piles up."""
         directory, name = os.path.split(path)
-        stem = os.fsencode(name)[: _MAX_NAME - len(TEMPORARY) - 1]
-        temporary = os.path.join(directory, "." + os.fsdecode(stem) + TEMPORARY)
-        while temporary in self._temporary:  # two long names that begin alike
-            temporary += "+"
+        number = 0
+        while True:
+            suffix = (f".{number}" if number else "") + self._suffix
+            stem = os.fsencode(name)[: _MAX_NAME - len(suffix) - 1]
+            temporary = os.path.join(directory, "." + os.fsdecode(stem) + suffix)
+            if temporary not in (*self._temporary, *self._replaced):
+                break
+            number += 1  # two long names that begin alike
         _remove(temporary)
         self._temporary.append(temporary)
         return temporary
@@ -284,8 +328,10 @@ class _Rollback:
         return _zeros(fd, end, file.size)
 
     def _set_attributes(self, file: SavedFile) -> None:
-        """Mode and times of something that is there. Only its owner can, and for others it has not changed."""
+        """Mode, times and extended attributes of something that is there. Only its owner can, and for others they have
+        not changed."""
         path = os.fsdecode(file.path)
+        _set_xattrs(path, file)
         status = os.stat(path, follow_symlinks=False)
         if status.st_mode != file.mode:
             os.chmod(path, stat.S_IMODE(file.mode))
@@ -302,7 +348,9 @@ class _Rollback:
             kept = known | {parent for path in excluded for parent in _parents(path)}
             found = walk(os.fsdecode(tree), excluded.__contains__, _raise)
             for path, status in reversed([*found]):
-                if path in kept or stat.S_ISSOCK(status.st_mode):
+                # The temporary files of another capsule's rollback are still wanted.
+                foreign = path.endswith(TEMPORARY) and not path.endswith(self._suffix)
+                if path in kept or foreign or stat.S_ISSOCK(status.st_mode):
                     continue
                 _remove(path)
                 self._changed += 1
@@ -350,10 +398,18 @@ def _remove(path: str) -> None:
     status = _status(path)
     if status is None:
         return
-    if stat.S_ISDIR(status.st_mode):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
+    with suppress(FileNotFoundError):  # another capsule was faster
+        if stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    """As far as they are there."""
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _exchange(temporary: str, path: str) -> None:
@@ -407,13 +463,18 @@ def _inodes_of_several(saved: SavedFiles) -> set[tuple[int, int]]:
     return several
 
 
-def _set_xattrs(fd: int, file: SavedFile) -> None:
-    for name, value in file.xattrs.items():
-        try:
-            os.setxattr(fd, name, value)
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EPERM):
-                raise
+def _set_xattrs(where: int | str, file: SavedFile) -> None:
+    """As far as the file system knows them and the user may: those that were there, and no others."""
+    now = attributes(where)
+    try:
+        for name in now.keys() - file.xattrs.keys():
+            os.removexattr(where, name)
+        for name, value in file.xattrs.items():
+            if now.get(name) != value:
+                os.setxattr(where, name, value)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA):
+            raise
 
 
 def _zeros(fd: int, begin: int, end: int) -> bool:

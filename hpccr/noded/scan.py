@@ -1,4 +1,4 @@
-"""Looking at the tasks of a capsule through /proc: who they are, what they have open, what cannot be dumped.
+"""Looking at the tasks of a capsule through /proc: who they are and what they have open.
 
 Everything is read below /proc/PID of tasks inside the capsule's own pid namespace. A task that ends while it is looked
 at is no task: its files give ENOENT or ESRCH and it is left out.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from blake3 import blake3
 
 from hpccr.errors import CorruptError, HpccrError, UnsupportedError
-from hpccr.noded import child, devices
+from hpccr.noded import child
 from hpccr.noded.control import Identity
 
 GONE = (FileNotFoundError, ProcessLookupError)
@@ -22,19 +23,6 @@ GONE = (FileNotFoundError, ProcessLookupError)
 
 DELETED = " (deleted)"
 """What /proc puts after the name of a file that is not there any more."""
-
-_REFUSED_LINKS = {
-    "anon_inode:[io_uring]": ("an io_uring", "let the program use epoll (UV_USE_IO_URING=0 for libuv and node)"),
-    "anon_inode:[userfaultfd]": ("a userfaultfd", "turn lazy or postcopy memory off in the program"),
-    "anon_inode:[perf_event]": ("a perf event counter", "run without the profiler (PAPI, perf, likwid)"),
-    "anon_inode:bpf-map": ("a BPF map", "run without the tracing tool"),
-    "anon_inode:bpf-prog": ("a BPF program", "run without the tracing tool"),
-    "anon_inode:[infinibandevent]": ("an RDMA device", devices.RDMA_HINT),
-    "anon_inode:[uverbs-async-event]": ("an RDMA device", devices.RDMA_HINT),
-    "anon_inode:[fanotify]": ("a fanotify group", "run without the program that watches the file system"),
-}
-_NAMESPACES = ("pid", "mnt", "net", "user", "uts", "cgroup")
-"""Those a task shares with init. ipc is the launch root's own; time is compared with the launch root's."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,8 @@ class Task:
     groups: tuple[int, ...]
     capabilities: int
     """Of the inheritable, permitted, effective and ambient sets together."""
+    tracer: int = 0
+    """Pid of the process that traces it (ptrace(2))."""
 
     def __str__(self) -> str:
         return f"{self.pid} ({self.name})"
@@ -82,6 +72,7 @@ def read_task(pid: int) -> Task | None:
         gids=tuple(int(word) for word in fields["Gid"].split()),
         groups=tuple(int(word) for word in fields.get("Groups", "").split()),
         capabilities=capabilities,
+        tracer=int(fields.get("TracerPid", "0")),
     )
 
 
@@ -155,100 +146,15 @@ def highest_id(whole: Tree) -> int:
 
 def cpu_flags() -> tuple[str, ...]:
     """Features of the first CPU as /proc/cpuinfo names them; empty where it does not."""
-    for line in _lines("/proc/cpuinfo"):
+    for line in lines("/proc/cpuinfo"):
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
             return tuple(value.split())
     return ()
 
 
-def check_namespaces(whole: Tree) -> None:
-    """No task has namespaces of its own. Raises UnsupportedError naming the first that has."""
-    expected = {name: _namespace(1, name) for name in _NAMESPACES}
-    expected["pid_for_children"] = expected["pid"]
-    expected["time"] = expected["time_for_children"] = _namespace(whole.root, "time")
-    for task in whole.tasks:
-        for name, namespace in expected.items():
-            found = _namespace(task.pid, name)
-            if found != namespace and found and namespace:
-                raise UnsupportedError(
-                    f"process {task} is in a {name.split('_')[0]} namespace of its own",
-                    hint="containers inside the job (Apptainer, podman, unshare) cannot be checkpointed",
-                )
-
-
-def check_open(whole: Tree, private: Iterable[str]) -> None:
-    """Nothing is open or mapped that cannot be dumped or would not come back.
-
-    Raises UnsupportedError naming process, resource and remedy.
-    """
-    places = tuple(private)
-    for task in whole.tasks:
-        if task.state == "Z":
-            continue
-        try:
-            _check_descriptors(task, places)
-            _check_maps(task)
-        except GONE:
-            continue
-
-
-def _namespace(pid: int, name: str) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/ns/{name}")
-    except GONE:
-        return ""
-
-
-def _check_descriptors(task: Task, places: Iterable[str]) -> None:
-    for fd in os.listdir(f"/proc/{task.pid}/fd"):
-        try:
-            link = os.readlink(f"/proc/{task.pid}/fd/{fd}")
-        except GONE:
-            continue
-        if link in _REFUSED_LINKS:
-            what, hint = _REFUSED_LINKS[link]
-            raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
-        if link.startswith("/dev/"):
-            _check_device(task, fd, link)
-        if link.startswith("/") and not below(link, places):
-            _check_name(task, fd, link)
-
-
-def _check_name(task: Task, fd: str, link: str) -> None:
-    # What NFS calls a file that was removed while it is open. It goes with the last descriptor.
-    status = os.stat(f"/proc/{task.pid}/fd/{fd}")
-    if stat.S_ISREG(status.st_mode) and os.path.basename(link).startswith(".nfs"):
-        raise UnsupportedError(
-            f"process {task} has {link.removesuffix(DELETED)} open, a file of NFS whose name was removed",
-            hint="let the program keep its scratch files in /tmp (TMPDIR) or not remove them while they are open",
-        )
-
-
-def _check_device(task: Task, fd: str, link: str) -> None:
-    # O_PATH: to look at a device must not open it.
-    handle = os.open(f"/proc/{task.pid}/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
-    try:
-        status = os.fstat(handle)
-    finally:
-        os.close(handle)
-    if (found := devices.refusal(link, status)) is not None:
-        raise UnsupportedError(f"process {task} has {found.what} open", hint=found.hint)
-
-
-def _check_maps(task: Task) -> None:
-    for line in _lines(f"/proc/{task.pid}/maps"):
-        if "[uverbs" in line or "[rdma" in line:
-            raise UnsupportedError(f"process {task} has an RDMA device mapped", hint=devices.RDMA_HINT)
-        if " /dev/" in line and (found := devices.known(line.split(None, 5)[5])) is not None:
-            raise UnsupportedError(f"process {task} has {found.what} mapped", hint=found.hint)
-        if "anon_inode:[io_uring]" in line:
-            raise UnsupportedError(
-                f"process {task} has an io_uring mapped", hint=_REFUSED_LINKS["anon_inode:[io_uring]"][1]
-            )
-
-
-def _lines(path: str) -> list[str]:
+def lines(path: str) -> list[str]:
+    """Of a file below /proc; none once the task has ended."""
     try:
         with open(path, errors="surrogateescape") as file:
             return file.read().splitlines()
@@ -278,7 +184,7 @@ _PER_TASK = 128
 def _memory(pid: int) -> int:
     """Kilobytes of anonymous and shared memory, shared pages counted by their share, but huge ones in full."""
     total = 0
-    for line in _lines(f"/proc/{pid}/smaps_rollup"):
+    for line in lines(f"/proc/{pid}/smaps_rollup"):
         key, _, rest = line.partition(":")
         if key in ("Pss_Anon", "Pss_Shmem", "SwapPss", "Private_Hugetlb", "Shared_Hugetlb"):
             total += int(rest.split()[0])
@@ -305,6 +211,23 @@ def _deleted_files(pid: int) -> Iterator[os.stat_result]:
             continue
 
 
+def ghosts(task: Task) -> Iterator[tuple[str, os.stat_result]]:
+    """Name and status of files without any name that a task has open or mapped, but for those in memory only."""
+    links = [(f"/proc/{task.pid}/fd/{fd}", "") for fd in descriptors(task.pid)]
+    links += [(f"/proc/{task.pid}/map_files/{address}", path) for address, _, path in mappings(task.pid)]
+    for link, name in links:
+        with suppress(*GONE):
+            path = name or os.readlink(link)
+            if path.startswith("/") and path.endswith(DELETED) and not path.startswith(_MEMORY):
+                status = os.stat(link)
+                if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                    yield path.removesuffix(DELETED), status
+
+
+_MEMORY = ("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/[aio]")
+"""How /proc names what is memory and no file of any file system."""
+
+
 def _segments(root: int) -> int:
     """Bytes of SysV segments that nobody has attached (attached ones count as their users' memory)."""
 
@@ -313,7 +236,7 @@ def _segments(root: int) -> int:
         with open(f"/proc/{root}/ns/ipc") as namespace:
             os.setns(namespace.fileno(), os.CLONE_NEWIPC)
         total = 0
-        for line in _lines("/proc/sysvipc/shm")[1:]:
+        for line in lines("/proc/sysvipc/shm")[1:]:
             words = line.split()
             total += int(words[3]) if words[6] == "0" else 0
         return total
@@ -380,6 +303,37 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     return tuple(found[path] for path in sorted(found))
 
 
+def read_files(whole: Tree, private: Iterable[str], written: Iterable[str]) -> dict[str, os.stat_result]:
+    """By path: regular files that tasks have open or mapped and only read, but for programs and libraries.
+
+    written: what some task can write to (open_files). Left out as there: deleted files, private directories.
+    """
+    places = (*private, "/proc", "/sys")
+    found: dict[str, os.stat_result] = {}
+    left_out = set(written)
+
+    def note(path: str, link: str) -> None:
+        if not path.startswith("/") or path.endswith(DELETED) or path in found or below(path, places):
+            return
+        with suppress(*GONE):
+            status = os.stat(link)
+            if stat.S_ISREG(status.st_mode):
+                found[path] = status
+
+    for task in whole.tasks:
+        for fd, flags, leased in descriptor_flags(task.pid):
+            if not flags & (os.O_PATH | os.O_ACCMODE) and not leased:
+                link = f"/proc/{task.pid}/fd/{fd}"
+                with suppress(*GONE):
+                    note(os.readlink(link), link)
+        for address, permissions, path in mappings(task.pid):
+            if permissions[2] == "x":
+                left_out.add(path)
+            else:
+                note(path, f"/proc/{task.pid}/map_files/{address}")
+    return {path: found[path] for path in sorted(found.keys() - left_out)}
+
+
 @dataclass(frozen=True)
 class NamelessFile:
     """A regular file that some task has open or mapped by a name that was removed, while the file has other names.
@@ -390,6 +344,11 @@ class NamelessFile:
     path: str
     status: os.stat_result
     holder: str
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Which name of which file it is."""
+        return self.path, self.status.st_dev, self.status.st_ino
 
 
 def nameless_files(whole: Tree, private: Iterable[str]) -> tuple[NamelessFile, ...]:
@@ -425,9 +384,9 @@ def descriptor_flags(pid: int) -> Iterator[tuple[str, int, bool]]:
     except GONE:
         return
     for fd in names:
-        lines = _lines(f"/proc/{pid}/fdinfo/{fd}")
-        leased = any(line.startswith("lock:") and " LEASE " in line for line in lines)
-        for line in lines:
+        facts = lines(f"/proc/{pid}/fdinfo/{fd}")
+        leased = any(line.startswith("lock:") and " LEASE " in line for line in facts)
+        for line in facts:
             if line.startswith("flags:"):
                 yield fd, int(line.split()[1], 8), leased
                 break
@@ -435,7 +394,7 @@ def descriptor_flags(pid: int) -> Iterator[tuple[str, int, bool]]:
 
 def mappings(pid: int) -> Iterator[tuple[str, str, str]]:
     """(address range as in map_files, permissions, path) of the file mappings of a process."""
-    for line in _lines(f"/proc/{pid}/maps"):
+    for line in lines(f"/proc/{pid}/maps"):
         words = line.split(None, 5)
         if len(words) == 6 and words[5].startswith("/") and words[4] != "0":
             start, _, end = words[0].partition("-")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hpccr.errors import HpccrError, UnsupportedError
-from hpccr.model import Extent, Link, SavedFile, SavedFiles
+from hpccr.model import Extent, Link, ReadFile, SavedFile, SavedFiles
 from hpccr.noded import ahead
 from hpccr.noded.ahead import write_list
 from hpccr.noded.contents import PAGE, SMALL_HOLE, Container
@@ -66,7 +66,8 @@ class Nameless:
 @dataclass(frozen=True)
 class Request:
     """What to save. files: open ones; trees, excluded: see model.FileRules; elsewhere: paths that others save;
-    remaps: the names that CRIU has given the nameless files for a while; remote: devices (st_dev) of other machines."""
+    remaps: the names that CRIU has given the nameless files for a while; remote: devices (st_dev) of other machines;
+    read: what the tasks only read."""
 
     files: Sequence[Wanted]
     trees: Sequence[str]
@@ -76,6 +77,7 @@ class Request:
     nameless: Sequence[Nameless] = ()
     remaps: Sequence[str] = ()
     remote: frozenset[int] = frozenset()
+    read: Sequence[ReadFile] = ()
 
 
 def measure(request: Request) -> int:
@@ -83,6 +85,7 @@ def measure(request: Request) -> int:
     matter of the moment: the tasks run."""
     total = 0
     for nameless in request.nameless:
+        _remove_stale_links(nameless, request.remaps)
         path = other_names(nameless)[0]
         status = os.stat(path, follow_symlinks=False)
         _check_size(path, status, request.limit)
@@ -133,6 +136,17 @@ def save(request: Request, list_fd: int, data_fd: int) -> int:
     """Save everything; how many names and links there are. list_fd, data_fd: as copy_ahead() left them, or empty.
     Raises UnsupportedError naming what cannot be saved, OSError."""
     return _Saving(request, list_fd, data_fd).run()
+
+
+def _remove_stale_links(file: Nameless, wanted: Sequence[str]) -> None:
+    """CRIU could not link the file again where a link of its own is left from a dump in which the node died."""
+    directory = os.path.dirname(file.path)
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if CRIU_LINK.fullmatch(entry.name) and entry.path not in wanted:
+                status = os.stat(entry.path, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) == (file.device, file.inode):
+                    os.unlink(entry.path)
 
 
 def other_names(file: Nameless) -> list[str]:
@@ -260,6 +274,7 @@ class _Saving:
             excluded=tuple(os.fsencode(path) for path in request.excluded),
             elsewhere=tuple(os.fsencode(path) for path in request.elsewhere),
             links=links,
+            read=tuple(request.read),
         )
         write_list(self._list, msgspec.msgpack.encode(saved))
         return len(saved.files) + len(saved.links)
@@ -367,11 +382,12 @@ def _entry(
         extents=extents,
         target=target,
         same=same,
-        xattrs=_attributes(fd if fd >= 0 else path) if kind in (stat.S_IFREG, stat.S_IFDIR) else {},
+        xattrs=attributes(fd if fd >= 0 else path) if kind in (stat.S_IFREG, stat.S_IFDIR) else {},
     )
 
 
-def _attributes(where: int | str) -> dict[str, bytes]:
+def attributes(where: int | str) -> dict[str, bytes]:
+    """The extended attributes of a file or directory that are saved with it."""
     found = {}
     try:
         for name in os.listxattr(where):

@@ -931,6 +931,7 @@ def the_job_is_in_its_cgroups_and_on_its_cpus(home: Path) -> None:
                 places.append(Path(fields.split()[4]))
         assert places, "no cgroup is mounted"
         procs = []
+        charged: list[Path] = []
         for place in places:
             group = place / "capsule-check"
             try:
@@ -944,9 +945,11 @@ def the_job_is_in_its_cgroups_and_on_its_cpus(home: Path) -> None:
             stack.callback(group.rmdir)
             stack.callback(os.close, fd)
             procs.append(fd)
+            charged += [path for name in ("memory.usage_in_bytes", "memory.current") if (path := group / name).exists()]
         assert procs
         text = """
             import os, sys
+            open("/tmp/large", "wb").write(bytes(range(256)) * (1 << 18))
             print("ready", flush=True)
             for line in sys.stdin:
                 print(open("/proc/self/cgroup").read().count("capsule-check"), os.sched_getaffinity(0), flush=True)
@@ -962,6 +965,8 @@ def the_job_is_in_its_cgroups_and_on_its_cpus(home: Path) -> None:
             two.restart(directory, dumped)
             two.write(b"1\n")
             assert two.read_until(b"\n") == first
+            # Also what a restore has put into the private directories is the job's memory.
+            assert charged and all(int(path.read_text()) > 64 << 20 for path in charged)
 
 
 # --- restoring --------------------------------------------------------------------------------------------------

@@ -27,8 +27,12 @@ from hpccr.wire.messages import (
     Release,
     Released,
     Restored,
+    Resume,
+    Resumed,
     RolledBack,
     Started,
+    Unheld,
+    Unhold,
 )
 from msgspec import structs
 
@@ -298,6 +302,291 @@ LARGE = 8 << 20
 def used(spool: int) -> int:
     """Bytes of storage that the contents of files take."""
     return os.stat(FILES_DATA, dir_fd=spool).st_blocks * 512
+
+
+SEMAPHORE = """
+    import ctypes, os, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sem_open.restype = ctypes.c_void_p
+    name = b"/hpccr-check"
+    first = libc.sem_open(name, os.O_CREAT | os.O_EXCL, 0o600, 2)
+    large = open("/dev/shm/large", "wb")
+    large.write(bytes(range(256)) * (1 << 20))
+    large.flush()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        again = libc.sem_open(name, 0)
+        assert libc.sem_post(ctypes.c_void_p(first)) == 0
+        value = ctypes.c_int()
+        assert libc.sem_getvalue(ctypes.c_void_p(again), ctypes.byref(value)) == 0
+        print(value.value, sorted(os.listdir("/dev/shm")), flush=True)
+"""
+
+
+@case
+def a_semaphore_in_shared_memory_comes_back(home: Path) -> None:
+    """It is a file whose first name was removed, for which CRIU makes a name while the directory is archived."""
+    images: dict[int, InitDumped] = {}
+    with spool() as first, spool() as second:
+        with capsule() as one:
+            one.script(SEMAPHORE)
+            one.read_until(b"ready\n")
+            images[first], _ = one.checkpoint(first)
+            one.write(b"look\n")
+            assert (line := one.read_until(b"\n")) == b"3 ['large', 'sem.hpccr-check']\n", line
+        for source, target in ((first, second), (second, first)):
+            with capsule() as two:
+                two.restart(source, images[source])
+                images[target], _ = two.checkpoint(target)
+                two.write(b"look\n")
+                assert (line := two.read_until(b"\n")) == b"3 ['large', 'sem.hpccr-check']\n", line
+
+
+CHURN = """
+    import os
+    print("ready", flush=True)
+    number = 0
+    while True:
+        number += 1
+        for place in ("/tmp", "/dev/shm"):
+            open(f"{place}/{number}", "w").close()
+            os.unlink(f"{place}/{number}")
+"""
+
+
+@case
+def files_that_come_and_go_in_private_places_hurt_nothing(home: Path) -> None:
+    with spool() as directory, capsule() as one:
+        one.script(CHURN)
+        one.read_until(b"ready\n")
+        for _ in range(5):
+            one.checkpoint(directory)
+
+
+READ_ONLY = """
+    import os, sys
+    os.chdir(sys.argv[1])
+    written = os.open("result", os.O_RDWR | os.O_CREAT, 0o444)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        os.write(written, line.encode())
+        print(os.pread(written, 100, 0), flush=True)
+"""
+
+
+@case
+def a_file_may_be_read_only_while_it_is_written(home: Path) -> None:
+    with spool() as directory:
+        with capsule() as one:
+            assert isinstance(one.launch([PYTHON, "-u", "-c", textwrap.dedent(READ_ONLY), str(home)]), Started)
+            one.read_until(b"ready\n")
+            one.write(b"one\n")
+            one.read_until(b"\n")
+            dumped, _ = one.checkpoint(directory)
+            one.write(b"lost\n")
+            one.read_until(b"\n")
+        with capsule() as two:
+            two.restart(directory, dumped)
+            two.write(b"two\n")
+            assert (line := two.read_until(b"\n")) == b"b'one\\ntwo\\n'\n", line
+
+
+@case
+def a_program_that_can_only_be_executed_is_refused(home: Path) -> None:
+    program = home / "sleep"
+    shutil.copy("/usr/bin/sleep", program)
+    program.chmod(0o711)
+    with spool() as directory, capsule() as one:
+        one.script(
+            f"import subprocess; p = subprocess.Popen(['{program}', '1000']); print('ready', flush=True); p.wait()"
+        )
+        one.read_until(b"ready\n")
+        capsule_init_checks.expect_failed(one.prepare(directory), str(program), "cannot open again", code=13)
+
+
+@case
+def a_restore_that_fails_late_leaves_the_older_checkpoint_good(home: Path) -> None:
+    """The files are back as they were at the newer one when it fails: the older one puts them back once more."""
+    log, table, tree = home / "log", home / "table", home / "tree"
+    tree.mkdir()
+    os.chown(tree, USER, USER)
+    script = f"""
+        import os, sys
+        log, table = open("{log}", "a"), os.open("{table}", os.O_RDWR | os.O_CREAT, 0o640)
+        print("ready", flush=True)
+        for number, line in enumerate(sys.stdin):
+            print(line, end="", file=log, flush=True)
+            os.pwrite(table, line.encode(), 0)
+            open(f"{tree}/{{number}}", "w").write(line)
+            print("did", line, end="", flush=True)
+        """
+    rules = FileRules(trees=(str(tree),))
+    with spool() as older, spool() as newer:
+        with capsule() as one:
+            one.script(script)
+            one.read_until(b"ready\n")
+            one.write(b"first\n")
+            one.read_until(b"did first\n")
+            first, _ = one.checkpoint(older, files=rules)
+            expected = state(home)
+            one.write(b"last\n")
+            one.read_until(b"did last\n")
+            last, _ = one.checkpoint(newer, files=rules)
+        path = Path(os.readlink(f"/proc/self/fd/{newer}")) / f"mm-{last.image.root_pid}.img"
+        path.write_bytes(path.read_bytes()[:12])
+        log.unlink()
+        with capsule() as two:
+            capsule_init_checks.expect_failed(two.restore(newer, last), "CRIU could not restore")
+            assert log.read_text() == "first\nlast\n" and table.read_text() == "last\n\n" and (tree / "1").exists()
+        with capsule() as three:
+            three.restart(older, first)
+            assert state(home) == expected
+            three.write(b"again\n")
+            three.read_until(b"did again\n")
+        assert log.read_text() == "first\nagain\n"
+
+
+def state(top: Path) -> dict[str, object]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(top.rglob("*"))}
+
+
+@case
+def twenty_restarts_in_a_row(home: Path) -> None:
+    """Each from a checkpoint of the one before; with files in place, appended to, and in a private directory."""
+    log, table = home / "log", home / "table"
+    script = f"""
+        import os, sys
+        log, table = open("{log}", "a"), os.open("{table}", os.O_RDWR | os.O_CREAT, 0o640)
+        scratch = open("/tmp/scratch", "w+")
+        print("ready", flush=True)
+        for number, line in enumerate(sys.stdin):
+            print(number, file=log, flush=True)
+            print(number, file=scratch, flush=True)
+            os.pwrite(table, number.to_bytes(8), 8 * number)
+            scratch.seek(0)
+            print(number, scratch.read() == open("{log}").read(), flush=True)
+        """
+    number = 0
+
+    def step(one: capsule_init_checks.Capsule) -> None:
+        one.write(b"next\n")
+        assert (line := one.read_until(b"\n")) == f"{number} True\n".encode(), line
+
+    with spool() as first, spool() as second:
+        directories = (first, second)
+        with capsule() as one:
+            one.script(script)
+            one.read_until(b"ready\n")
+            step(one)
+            dumped, _ = one.checkpoint(first, kill=True)
+        for number in range(1, 21):
+            with capsule() as next_one:
+                next_one.restart(directories[(number - 1) % 2], dumped)
+                step(next_one)
+                dumped, _ = next_one.checkpoint(directories[number % 2], kill=True)
+    assert log.read_text().split() == [str(n) for n in range(21)]
+    assert table.read_bytes() == b"".join(n.to_bytes(8) for n in range(21))
+
+
+DATAGRAMS = """
+    import os, socket, sys
+    talk = socket.socket(type=socket.SOCK_DGRAM)
+    talk.settimeout(0.2)
+    own, other = (f"10.90.0.{10 + int(word)}" for word in sys.argv[1:3])
+    talk.bind((own, 7777))
+    talk.connect((other, 7777))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line == "hear\\n":
+            print("heard", talk.recv(99).decode(), end="", flush=True)
+        else:
+            talk.send(line.encode())
+            print("sent", flush=True)
+"""
+
+
+@case
+def datagrams_between_capsules_find_their_way(home: Path) -> None:
+    """UDP sockets are where they were, also connected ones. What waits in one is lost, as datagrams may be."""
+    spools, vni = contextlib.ExitStack(), capsule_init_checks.VNI
+
+    def say(source: capsule_init_checks.Capsule, target: capsule_init_checks.Capsule, word: bytes) -> None:
+        source.write(word)
+        source.read_until(b"sent\n")
+        target.write(b"hear\n")
+        assert (line := target.read_until(b"\n")) == b"heard " + word, line
+
+    with capsule_init_checks.underlay(), spools:
+        directories = [spools.enter_context(spool()) for _ in range(2)]
+        with capsule() as one, capsule() as two:
+            both = (one, two)
+            for own, each in enumerate(both):
+                capsule_init_checks.connect(each, own, [vni, vni + 1])
+                argv = [PYTHON, "-u", "-c", textwrap.dedent(DATAGRAMS), str(own), str(1 - own)]
+                assert isinstance(each.launch(argv), Started)
+                each.read_until(b"ready\n")
+            say(one, two, b"before\n")
+            for each, directory in zip(both, directories, strict=True):
+                prepared = each.prepare(directory)
+                assert isinstance(prepared, Prepared), prepared
+            for each in both:
+                assert isinstance(each.ask(Freeze()), Frozen)
+            dumps = [each.ask(Dump()) for each in both]
+            for each in both:
+                assert isinstance(each.ask(Release(kill=False)), Released)
+            say(two, one, b"after\n")
+        with capsule() as one, capsule() as two:
+            both = (one, two)
+            for own, (each, directory, dumped) in enumerate(zip(both, directories, dumps, strict=True)):
+                capsule_init_checks.connect(each, own, [vni + 2, vni + 3])
+                assert isinstance(dumped, InitDumped), dumped
+                restored = each.restore(directory, dumped)
+                assert isinstance(restored, Restored), restored
+            for request, reply in ((Resume(), Resumed), (Unhold(), Unheld)):
+                for each in both:
+                    assert isinstance(each.ask(request), reply)
+            say(one, two, b"restored\n")
+            say(two, one, b"both ways\n")
+
+
+READERS = """
+    import mmap, os, sys
+    os.chdir(sys.argv[1])
+    follows, mapped = open("follows"), open("mapped", "rb")
+    memory = mmap.mmap(mapped.fileno(), 0, prot=mmap.PROT_READ)
+    script = os.open("script", os.O_RDONLY)
+    print(follows.readline(), end="")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(follows.readline().strip(), memory[:2], os.pread(script, 100, 0), flush=True)
+"""
+
+
+@case
+def files_that_are_only_read_may_change(home: Path) -> None:
+    """They grow, are edited and change their mode while the job waits, as they might while it runs. Only another file
+    at the name is refused."""
+    for name in ("follows", "mapped", "script"):
+        (home / name).write_text("first\n")
+        os.chown(home / name, USER, USER)
+    with spool() as directory:
+        with capsule() as one:
+            assert isinstance(one.launch([PYTHON, "-u", "-c", textwrap.dedent(READERS), str(home)]), Started)
+            one.read_until(b"ready\n")
+            dumped, _ = one.checkpoint(directory)
+        for name in ("follows", "mapped"):
+            with (home / name).open("a") as file:
+                file.write("second\n")
+        (home / "script").chmod(0o755)
+        (home / "script").write_text("edited")
+        with capsule() as two:
+            two.restart(directory, dumped)
+            two.write(b"look\n")
+            assert (line := two.read_until(b"\n")) == b"second b'fi' b'edited'\n", line
+        (home / "new").write_text("replaced by an editor")
+        (home / "new").rename(home / "script")
+        with capsule() as three:
+            capsule_init_checks.expect_failed(three.restore(directory, dumped), str(home / "script"), "another file")
 
 
 WAITING = """

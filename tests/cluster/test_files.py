@@ -127,7 +127,7 @@ def test_killed_in_the_middle_of_a_rollback(jobs: Jobs, cluster: Cluster) -> Non
         for number, pattern in enumerate((r"-m hpccr agent|/hpccr agent", r"python\S* /usr/local/bin/hpccrd")):
             # What was there before has been taken down by now.
             job.wait_event("boot", 2 + number)
-            half = place / ".big.hpccr-rollback"
+            half = place / ".big.0.hpccr-rollback"
             before = changed(half)
             wait_for("a rollback", lambda: changed(half) > before, every=0.001)  # noqa: B023 - called in this turn only
             with frozen(place):  # so that it is not done before it is killed

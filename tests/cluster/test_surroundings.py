@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from jobs import Job, Jobs
+from nodes import Cluster
 from waiting import rounds, wait_for
 from workloads import Workloads
 
@@ -20,6 +21,65 @@ while [ $number -lt 60 ]; do
 done
 [ -t 1 ] && stty size < /dev/tty
 """
+
+
+SERVER = """\
+import socket, threading
+listening = socket.create_server(("", 7177))
+print("ready", flush=True)
+
+def serve(talk):
+    while data := talk.recv(99):
+        talk.sendall(data)
+
+while True:
+    threading.Thread(target=serve, args=(listening.accept()[0],), daemon=True).start()
+"""
+
+CLIENT = """\
+import os, socket, time
+
+def connect():
+    talk = socket.create_connection(("ctl", 7177))
+    talk.settimeout(60)
+    return talk
+
+talk, again = connect(), 0
+for number in range(60):
+    while number == 58 and not os.path.exists("gate"):
+        time.sleep(0.05)
+    while True:
+        try:
+            talk.sendall(b"step %d" % number)
+            answer = talk.recv(99)
+            if not answer:
+                raise ConnectionError("closed")
+            break
+        except OSError as error:
+            assert isinstance(error, ConnectionError), error
+            talk, again = connect(), again + 1
+    print(answer.decode(), flush=True)
+    time.sleep(0.05)
+print("connected again", again)
+"""
+
+
+def test_a_connection_to_a_server_outside(jobs: Jobs, cluster: Cluster) -> None:
+    """It goes on over a checkpoint, and after a restart the program finds it ended at once, and can connect anew."""
+    with cluster.popen("ctl", "python3", "-u", "-c", SERVER) as server:
+        try:
+            assert server.stdout is not None and server.stdout.readline() == "ready\n"
+            job = jobs.submit("python3 client.py", nodes=1, tasks=1, files={"client.py": CLIENT})
+            wait_for("step 3", lambda: steps(job) > 3)
+            job.checkpoint()
+            before = steps(job)
+            wait_for("more steps", lambda: steps(job) > before + 2)
+            job.requeue()
+            job.open_gate()
+            job.wait_success()
+            assert job.said() == "".join(f"step {number}\n" for number in range(60)) + "connected again 1\n"
+        finally:
+            server.kill()
 
 
 def steps(job: Job) -> int:

@@ -537,3 +537,12 @@ def test_figures_for_people() -> None:
 def test_a_plain_table(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_table(("A", "LONG"), [("xyz", "1"), ("", "22")], right=frozenset({"LONG"}))
     assert capsys.readouterr().out == "A    LONG\nxyz     1\n       22\n"
+
+
+def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = tmp_path / "home" / "user"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for tree in (str(home), str(home.parent), "/", "~"):
+        refused = hpccr("run", f"--files={tree}", "true")
+        assert refused.code == 2 and "whole home directory" in refused.err, refused.err

@@ -33,8 +33,10 @@ def test_network_file_systems_are_known_by_their_type() -> None:
 41 22 0:53 / /mnt/with\\040space rw - fuse.sshfs host:/ rw
 42 22 0:54 / /scratch rw - lustre 10.0.0.1@tcp:/scratch rw
 43 22 0:55 / /tmp rw - tmpfs tmpfs rw
+44 22 0:56 / /mnt/plain rw - fuse host rw
+45 22 0:57 / /lus rw - dvs /lus rw
 """
-    assert network_devices(mountinfo) == {os.makedev(0, minor) for minor in (52, 53, 54)}
+    assert network_devices(mountinfo) == {os.makedev(0, minor) for minor in (52, 53, 54, 56, 57)}
 
 
 def test_a_file_that_comes_and_goes_is_not_taken_for_unreadable(tmp_path: Path) -> None:

@@ -69,6 +69,27 @@ def test_what_sbatch_chose_for_srun_is_gone() -> None:
         assert result[name] == "/opt/rsh"
 
 
+@pytest.mark.parametrize(
+    ("given", "private", "expected", "told"),
+    [
+        ({}, ("/tmp",), {"TMPDIR": "/tmp"}, 0),
+        ({"TMPDIR": "/tmp"}, ("/tmp",), {"TMPDIR": "/tmp"}, 0),
+        ({"TMPDIR": "/scratch/77", "TMP": "/scratch/77"}, ("/tmp",), {"TMPDIR": "/tmp", "TMP": "/tmp"}, 2),
+        ({"TMPDIR": "/var/tmp", "TEMP": "/x"}, ("/tmp", "/var/tmp"), {"TMPDIR": "/var/tmp", "TEMP": "/tmp"}, 1),
+        ({"TMPDIR": "/tmp/job-77"}, ("/tmp",), {"TMPDIR": "/tmp"}, 1),
+        ({"TMPDIR": "/scratch/77"}, (), {"TMPDIR": "/scratch/77"}, 0),
+    ],
+)
+def test_temporary_files_go_where_they_are_saved(
+    given: dict[str, str], private: tuple[str, ...], expected: dict[str, str], told: int
+) -> None:
+    result, warnings = capsule_environment(
+        given, capsules=1, tasks_per_capsule=(1,), subnet="10.90.0.0/16", secret="5e", private=private
+    )
+    assert {name: result[name] for name in ("TMPDIR", "TMP", "TEMP") if name in result} == expected
+    assert len(warnings) == told
+
+
 def test_without_slurm_there_is_no_allocation() -> None:
     result, warnings = make({"PATH": "/usr/bin", "HOSTNAME": "laptop"}, (2,))
     assert warnings == []
@@ -93,7 +114,18 @@ def test_an_outer_step_is_forgotten() -> None:
 def test_everything_else_stays_and_nothing_is_added_without_a_reason() -> None:
     result, _ = make({"A": "1", "EMPTY": ""}, (1,))
     assert result["A"] == "1" and result["EMPTY"] == ""
-    families = ("HYDRA_", "I_MPI_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_", "UCX_", "FI_", "MPIR_CVAR_", "HPCCR_")
+    families = (
+        "HYDRA_",
+        "I_MPI_",
+        "OMPI_MCA_",
+        "PRTE_MCA_",
+        "PMIX_MCA_",
+        "UCX_",
+        "FI_",
+        "MPIR_CVAR_",
+        "HPCCR_",
+        "TMPDIR",
+    )
     assert all(name.startswith(families) for name in result.keys() - {"A", "EMPTY"})
 
 

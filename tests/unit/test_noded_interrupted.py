@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pycriu.images import core_pb2
 
 from hpccr.noded import interrupted
 
@@ -17,9 +18,25 @@ def x86_64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
 
-def thread(call: int, result: int = EINTR, **changes: int | str) -> dict[str, Any]:
+def thread(call: int, result: int = EINTR, **changes: int) -> Any:
+    entry = core_pb2.core_entry()
     registers = {"ip": 1002, "ax": result, "orig_ax": call, "di": ASKED, "si": LEFT, "dx": ASKED, "r10": LEFT}
-    return {"thread_info": {"gpregs": registers | {"mode": "NATIVE"} | changes}, "thread_core": {}}
+    for name, value in (registers | {"mode": 1} | changes).items():
+        setattr(entry.thread_info.gpregs, name, value)
+    return entry
+
+
+def with_signal(where: str) -> Any:
+    entry = thread(7)
+    queue = entry.tc.signals_s if where == "process" else entry.thread_core.signals_p
+    queue.signals.add().siginfo = b""
+    return entry
+
+
+def zombie() -> Any:
+    entry = core_pb2.core_entry()
+    entry.tc.task_state = 6
+    return entry
 
 
 @pytest.mark.parametrize(
@@ -49,13 +66,13 @@ def test_a_sleep_that_does_not_ask_what_is_left_begins_again() -> None:
         thread(232),  # epoll_wait(2) is interrupted by every stop
         thread(219),  # nobody knows what is gone on with
         thread((1 << 64) - 1),
-        thread(7, mode="COMPAT"),
-        thread(7) | {"tc": {"signals_s": {"signals": [{}]}}},
-        thread(7) | {"thread_core": {"signals_p": {"signals": [{}]}}},
-        {"tc": {"task_state": 6}},
+        thread(7, mode=2),
+        with_signal("process"),
+        with_signal("thread"),
+        zombie(),
     ],
 )
-def test_everything_else_stays(entry: dict[str, Any]) -> None:
+def test_everything_else_stays(entry: Any) -> None:
     before = repr(entry)
     assert not interrupted.repair(entry) and repr(entry) == before
 

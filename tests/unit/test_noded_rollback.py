@@ -9,6 +9,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpccr.errors import CorruptError, HpccrError, UnsupportedError
-from hpccr.model import SavedFiles
+from hpccr.model import ReadFile, SavedFiles
 from hpccr.noded import ahead, rollback, snapshot
 
 LIMIT = 1 << 30
@@ -49,8 +50,8 @@ class Saved:
         text = os.pread(self.list, 1 << 24, 0)
         return {os.fsdecode(f.path): f.extents is not None for f in msgspec.msgpack.decode(text, type=SavedFiles).files}
 
-    def back(self) -> int:
-        return rollback.roll_back(self.list, self.data)
+    def back(self, capsule: int = 0) -> int:
+        return rollback.roll_back(self.list, self.data, capsule)
 
 
 def contents(top: Path) -> dict[str, object]:
@@ -110,6 +111,34 @@ def test_a_file_that_only_grew_is_the_same_file(tmp_path: Path) -> None:
         file.write("after")
     assert saved.back() == 1
     assert path.read_text() == "before|" and path.stat().st_ino == inode
+
+
+def test_what_is_only_read_may_change_but_not_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_text("12345")
+
+    def check() -> None:
+        rollback.link(saved)
+
+    status = path.stat()
+    saved = os.memfd_create("list")
+    read = ReadFile(os.fsencode(path), status.st_ino, status.st_size)
+    snapshot.save(snapshot.Request((), (), (), LIMIT, read=[read]), saved, os.memfd_create("data"))
+    check()
+    with path.open("a") as file:
+        file.write("6")
+    check()
+    other = tmp_path / "other"
+    other.write_text("54321")
+    other.rename(path)
+    check()  # as on another node, where the same file has another inode
+    other.write_text("another")
+    other.rename(path)
+    with pytest.raises(HpccrError, match=f"reading {path} .* had 5 bytes and has 7"):
+        check()
+    path.unlink()
+    with pytest.raises(HpccrError, match=f"reading {path} .* not there"):
+        check()
 
 
 def test_a_removed_directory_comes_back(tmp_path: Path) -> None:
@@ -233,7 +262,7 @@ def test_a_rollback_that_fails_has_changed_nothing_and_can_be_repeated(tmp_path:
     short = os.memfd_create("short")
     os.write(short, os.pread(saved.data, 3 << 19, 0))  # without the end of the second file
     with pytest.raises(CorruptError, match="too short"):
-        rollback.roll_back(saved.list, short)
+        rollback.roll_back(saved.list, short, 0)
     assert contents(tmp_path) == between
     saved.back()
     assert contents(tmp_path) == before
@@ -245,7 +274,7 @@ def test_what_a_killed_rollback_left_is_used_again(tmp_path: Path) -> None:
     saved = Saved(wanted(path))
     before = contents(tmp_path)
     path.write_text("new!")
-    (tmp_path / f".file{snapshot.TEMPORARY}").write_text("half of i")
+    (tmp_path / f".file.0{snapshot.TEMPORARY}").write_text("half of i")
     saved.back()
     assert contents(tmp_path) == before
 
@@ -501,7 +530,7 @@ def test_what_rests_is_copied_ahead_and_nothing_else_counts(tmp_path: Path) -> N
     assert os.fstat(data).st_blocks < 1.3 * used
     for path in tree.iterdir():
         path.unlink()
-    rollback.roll_back(files, data)
+    rollback.roll_back(files, data, 0)
     assert contents(tree) == before
 
 
@@ -531,7 +560,97 @@ def test_whatever_happens_after_the_copy_counts(
         snapshot.save(request, files, data)
         for path in top.iterdir():
             path.unlink()
-        rollback.roll_back(files, data)
+        rollback.roll_back(files, data, 0)
         assert contents(top) == before
         os.close(files)
         os.close(data)
+
+
+def test_two_capsules_put_the_same_tree_back_at_the_same_time(tmp_path: Path) -> None:
+    top = tmp_path / "tree"
+    for name in ("a/one", "b/two", "three"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_bytes(os.urandom(3 << 20))
+    saved = Saved(trees=(top,))
+    before = contents(top)
+    for _ in range(10):
+        (top / "a" / "one").write_text("another")
+        (top / "b" / "two").unlink()
+        (top / "three").rename(top / "later")
+        (top / "made since").mkdir()
+        (top / "made since" / "file").touch()
+        with ProcessPoolExecutor(2) as pool:
+            for done in [pool.submit(saved.back, capsule) for capsule in range(2)]:
+                done.result()
+        assert contents(top) == before
+
+
+def test_a_rollback_that_fails_leaves_all_as_it_was_found(tmp_path: Path) -> None:
+    """Also what stood where directories were, and the directories' modes."""
+    top, after = tmp_path / "top", tmp_path / "after"
+    (top / "directory").mkdir(parents=True)
+    (top / "directory" / "file").write_text("text")
+    (top / "other").mkdir(mode=0o700)
+    after.write_text("more")
+    saved = Saved(wanted(after), trees=(top,))
+    (top / "directory" / "file").unlink()
+    (top / "directory").rmdir()
+    (top / "directory").write_text("a file now")
+    (top / "other").chmod(0o500)
+    after.write_text("else")
+    found = contents(tmp_path)
+    with pytest.raises(CorruptError, match="too short"):
+        rollback.roll_back(saved.list, os.memfd_create("empty"), 0)
+    assert contents(tmp_path) == found
+    saved.back()
+    assert (top / "directory" / "file").read_text() == "text" and not list(tmp_path.rglob("*hpccr*"))
+
+
+def test_what_a_later_error_leaves_undone_leaves_nothing_beside(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        path.write_text("before")
+    saved = Saved(wanted(first), wanted(second))
+    for path in (first, second):
+        path.write_text("later")
+    second.unlink()
+    second.mkdir()
+    (second / "closed").mkdir()
+    (second / "closed" / "file").touch()
+    (second / "closed").chmod(0)
+    with pytest.raises(HpccrError, match="closed"):
+        saved.back()
+    assert first.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
+    (second / "closed").chmod(0o700)
+    saved.back()
+    assert second.read_text() == "before"
+
+
+def test_extended_attributes_of_files_and_directories_come_back(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "file").write_text("text")
+    try:
+        for path in (top, top / "file"):
+            os.setxattr(path, "user.kept", b"before")
+    except OSError:
+        return  # a file system without them
+    saved = Saved(trees=(top,))
+    for path in (top, top / "file"):
+        os.setxattr(path, "user.kept", b"later")
+        os.setxattr(path, "user.new", b"later")
+    saved.back()
+    for path in (top, top / "file"):
+        assert {name: os.getxattr(path, name) for name in os.listxattr(path)} == {"user.kept": b"before"}
+
+
+def test_a_link_that_criu_has_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "other").hardlink_to(tmp_path / "file")
+    (tmp_path / "link_remap.3").hardlink_to(tmp_path / "file")
+    (tmp_path / "link_remap.4").write_text("the user's own")
+    status = (tmp_path / "file").stat()
+    (tmp_path / "file").unlink()
+    nameless = snapshot.Nameless(str(tmp_path / "file"), status.st_dev, status.st_ino, "1 (one)")
+    snapshot.measure(snapshot.Request((), (), (), LIMIT, nameless=[nameless]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link_remap.4", "other"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
+import mmap
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,23 @@ def test_files_that_can_be_written_are_found_with_size_and_mode(tmp_path: Path) 
         )
 
 
+def test_files_that_are_only_read_are_found_but_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("read", "written", "private", "executable")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(4096))
+    with ExitStack() as stack:
+        files = [stack.enter_context((tmp_path / name).open("rb")) for name in names]
+        stack.enter_context((tmp_path / "written").open("ab"))
+        program = mmap.mmap(files[3].fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
+        programs = [mapping for mapping in scan.mappings(os.getpid()) if mapping[1][2] == "x"]
+        monkeypatch.setattr(scan, "mappings", lambda pid: programs)  # only root can look at what is mapped
+        tree = own_tree()
+        written = [file.path for file in scan.open_files(tree, [])]
+        found = scan.read_files(tree, [str(tmp_path / "private")], written)
+        assert {path for path in found if path.startswith(str(tmp_path))} == {str(tmp_path / "read")}
+        assert os.path.samestat(found[str(tmp_path / "read")], os.fstat(files[0].fileno())) and program
+
+
 def test_one_writer_without_append_makes_the_file_not_append_only(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("ab"), path.open("r+b"):
@@ -130,26 +148,12 @@ def test_a_removed_name_of_a_living_file_is_found(tmp_path: Path) -> None:
         other.hardlink_to(path)
         path.unlink()
         path.touch()
-        scan.check_open(own_tree(), [])
         (found,) = [one for one in scan.nameless_files(own_tree(), []) if str(tmp_path) in one.path]
         assert found.path == str(path) and os.path.samestat(found.status, other.stat())
         assert str(own_tree().tasks[0]) == found.holder
         assert not [one for one in scan.nameless_files(own_tree(), [str(tmp_path)]) if str(tmp_path) in one.path]
         other.unlink()
         assert not [one for one in scan.nameless_files(own_tree(), []) if str(tmp_path) in one.path]
-
-
-def test_an_io_uring_is_refused_by_name() -> None:
-    number = ctypes.CDLL(None).syscall(425, 4, ctypes.create_string_buffer(120))
-    if number < 0:
-        scan.check_open(own_tree(), [])  # this kernel gives nobody one
-        return
-    try:
-        with pytest.raises(UnsupportedError, match=r"io_uring open") as caught:
-            scan.check_open(own_tree(), [])
-        assert "epoll" in caught.value.hint
-    finally:
-        os.close(number)
 
 
 @pytest.mark.parametrize(

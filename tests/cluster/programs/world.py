@@ -483,7 +483,20 @@ def deleted() -> Callable[[], object]:
         os.write(fd, place.encode())
         os.unlink(path)
         files.append((fd, place.encode()))
-    return lambda: all(os.pread(fd, 999, 0) == content for fd, content in files)
+    gone = os.path.join(directory, "gone")
+    os.mkdir(gone)
+    fd = os.open(gone, os.O_RDONLY | os.O_DIRECTORY)
+    inside = child(lambda: (os.chdir(gone), signal.pause()))
+    while os.readlink(f"/proc/{inside}/cwd") != gone:
+        time.sleep(0.001)
+    os.rmdir(gone)
+
+    def check() -> bool:
+        same = all(os.pread(fd, 999, 0) == content for fd, content in files)
+        links = [os.readlink(f"/proc/{name}") for name in (f"self/fd/{fd}", f"{inside}/cwd")]
+        return same and os.fstat(fd).st_nlink == 0 and all(link.endswith(" (deleted)") for link in links)
+
+    return check
 
 
 @resource

@@ -1,0 +1,112 @@
+"""What is refused before a freeze: this process and its children stand for a capsule's tasks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpccr.errors import UnsupportedError
+from hpccr.noded import refusals, scan
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def own_tree() -> scan.Tree:
+    own = scan.read_task(os.getpid())
+    assert own is not None
+    return scan.Tree(own.pid, [own])
+
+
+def refused(words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words) as caught:
+        refusals.check_open(own_tree(), [])
+    assert caught.value.hint
+
+
+def test_an_io_uring_is_refused_by_name() -> None:
+    number = LIBC.syscall(425, 4, ctypes.create_string_buffer(120))
+    if number < 0:
+        refusals.check_open(own_tree(), [])  # this kernel gives nobody one
+        return
+    try:
+        with pytest.raises(UnsupportedError, match=r"io_uring open") as caught:
+            refusals.check_open(own_tree(), [])
+        assert "epoll" in caught.value.hint
+    finally:
+        os.close(number)
+
+
+def test_what_every_program_has_passes(tmp_path: Path) -> None:
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+    kinds = [(family, kind) for family in families for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)]
+    sockets = [socket.socket(*kind) for kind in (*kinds, (socket.AF_NETLINK, socket.SOCK_RAW))]
+    fds = [os.eventfd(0), os.memfd_create("m"), os.pidfd_open(os.getpid()), LIBC.inotify_init(), LIBC.epoll_create(1)]
+    fds += [LIBC.timerfd_create(1, 0), LIBC.signalfd(-1, ctypes.create_string_buffer(128), 0)]
+    try:
+        assert min(fds) >= 0
+        refusals.check_open(own_tree(), [])
+        refusals.check_traced(own_tree())
+    finally:
+        for one in sockets:
+            one.close()
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_protocol_that_criu_does_not_know_is_named() -> None:
+    for family, protocol, name in ((socket.AF_INET, 262, "MPTCP"), (40, 0, "AF_VSOCK")):
+        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM, protocol):
+            refused(f"protocol {name} open")
+
+
+def test_a_message_queue_is_named() -> None:
+    name = f"/hpccr-{os.getpid()}".encode()
+    queue = LIBC.mq_open(name, os.O_RDWR | os.O_CREAT, 0o600, None)
+    assert queue >= 0, os.strerror(ctypes.get_errno())
+    try:
+        refused(f"message queue {name.decode()}")
+    finally:
+        os.close(queue)
+        LIBC.mq_unlink(name)
+
+
+def test_a_traced_task_is_named() -> None:
+    (own,) = own_tree().tasks
+    with pytest.raises(UnsupportedError, match=r"is traced by process 77"):
+        refusals.check_traced(scan.Tree(own.pid, [replace(own, tracer=77)]))
+
+
+def test_who_is_traced_is_read_from_the_kernel() -> None:
+    pid = os.fork()
+    if pid == 0:
+        LIBC.ptrace(0, 0, None, None)
+        signal.raise_signal(signal.SIGSTOP)
+        os._exit(0)
+    try:
+        os.waitpid(pid, os.WUNTRACED)
+        found = scan.read_task(pid)
+        assert found is not None and found.tracer == os.getpid()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_large_file_without_a_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "mappings", lambda pid: ())  # only root can look at what is mapped
+    path = tmp_path / "scratch"
+    with path.open("wb") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        refusals.check_ghosts(own_tree(), 1)
+        path.unlink()
+        refusals.check_ghosts(own_tree(), 2 << 20)
+        with pytest.raises(UnsupportedError, match=f"{path} open, a file without a name") as caught:
+            refusals.check_ghosts(own_tree(), 1 << 19)
+        assert "ghost_limit" in caught.value.hint
