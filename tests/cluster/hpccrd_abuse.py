@@ -331,6 +331,28 @@ async def foreign_namespaces() -> None:
         assert "container" in failed.hint
 
 
+@case
+async def foreign_mounts() -> None:
+    """In a mount namespace as a set-id container runtime makes it, of root's but with the user's choice of mounts:
+    refused where root would trust what is there, and welcome with a private /tmp."""
+    if (place := os.environ.get("HPCCR_INSIDE")) is None:
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as own:
+            os.chmod(own, 0o755)
+            for target in ("/usr/local/sbin", "/etc", "/tmp"):
+                enter = f"mount --bind {own} {target} && exec setpriv --reuid 1001 --regid 1001 --clear-groups "
+                subprocess.run(
+                    ["unshare", "-m", "sh", "-c", f"{enter} {sys.executable} {sys.argv[0]} foreign-mounts"],
+                    env=os.environ | {"HPCCR_INSIDE": target},
+                    check=True,
+                )
+        return
+    async with capsule() as made:
+        if place == "/tmp":
+            assert isinstance(await made.ask(create(step_key())), m.Created)
+        else:
+            await made.refused(create(step_key()), ExitCode.UNSUPPORTED, place)
+
+
 LISTEN = (
     "import socket; s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind(('',6000)); print('up',flush=True)\n"
     "while True: print(s.recv(99).decode(),flush=True)"
