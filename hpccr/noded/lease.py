@@ -15,7 +15,7 @@ import msgspec
 
 import hpccr
 from hpccr.errors import HpccrError, PeerLostError, UsageError
-from hpccr.noded import addresses, control, leftovers, lifecycle, network, peer
+from hpccr.noded import addresses, compatible, control, leftovers, lifecycle, network, peer, probe
 from hpccr.noded.admission import check_command, check_create, check_stdio
 from hpccr.noded.channel import Descriptors
 from hpccr.noded.images import Dumping, Images
@@ -36,8 +36,11 @@ ABORT_TIMEOUT = 660.0
 A capsule that does not manage is killed."""
 MARGIN = 15.0
 """Seconds added to the deadlines of phases: the capsule's own come first and say more."""
-SHORT = 30.0
-"""Seconds for what takes no time."""
+SHORT = 90.0
+"""Seconds for what takes no time: more than the coordinator gives all nodes for it, so that a stall of this machine is
+nobody's failure."""
+RELEASE = 300.0
+"""Seconds for a release: the end of killed tasks may wait for their memory to be given back, or for a file server."""
 
 
 def present[T](part: T | None) -> T:
@@ -255,7 +258,11 @@ class Lease:
             os.close(environment)
 
     async def _do_fetch(self, request: m.Fetch) -> m.Fetched:
-        self._fetched = await self._images.fetch(request, present(self._create), present(self._identity))
+        finished, directory = await self._images.fetch(request, present(self._create), present(self._identity))
+        node = self._node
+        criu = await asyncio.to_thread(probe.criu_version, node.config.node.criu)
+        compatible.check(present(finished.image), node=node.name, cpu_flags=node.cpu_flags, criu=criu)
+        self._fetched = finished, directory
         return m.Fetched()
 
     async def _do_roll_back(self) -> m.RolledBack:
@@ -356,7 +363,7 @@ class Lease:
         dumping = present(self._dumping)
         self._releasing = True
         try:
-            released = await self._checkpointing(request, m.Released, SHORT + MARGIN)
+            released = await self._checkpointing(request, m.Released, RELEASE)
         finally:
             self._releasing = False
         dumping.frozen_seconds = released.frozen_seconds
