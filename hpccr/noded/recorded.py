@@ -39,7 +39,8 @@ _OF_A_PROCESS = re.compile(rb"/proc/[0-9]+(/|$)")
 class File:
     """A file, fifo, device or directory that some task has, or that lies in a queue.
 
-    removed: its name was removed, and CRIU makes it again beside the old place for a moment.
+    kind: as stat.S_IFMT gives it; 0 if it is not recorded. removed: its name was removed, and CRIU makes it again
+    beside the old place for a moment.
     """
 
     path: bytes
@@ -84,7 +85,9 @@ def read(images: ModuleType, directory: int, uid: int) -> Recorded:
     for entry in _entries(images.pb.file_entry, directory, _FILES):
         if entry.HasField("reg") and not entry.reg.ext and removed.get(entry.reg.id) != _PROCFS:
             reg = entry.reg
-            files.append(File(os.fsencode(reg.name), reg.flags, stat.S_IFMT(reg.mode), reg.id in removed))
+            # CRIU's own link to a file whose name was removed comes without a mode.
+            kind = stat.S_IFMT(reg.mode) if reg.HasField("mode") else 0
+            files.append(File(os.fsencode(reg.name), reg.flags, kind, reg.id in removed))
         elif entry.HasField("usk") and (path := _socket_path(entry.usk)):
             sockets.append(Socket(path, entry.usk.deleted))
     return Recorded(tuple(dict.fromkeys(files)), tuple(dict.fromkeys(sockets)))
@@ -171,7 +174,7 @@ def _check_file(file: File) -> None:
         return
     try:
         found = os.fstat(fd)
-        if stat.S_IFMT(found.st_mode) != file.kind:
+        if file.kind and stat.S_IFMT(found.st_mode) != file.kind:
             raise CorruptError(f"{file.path.decode(errors='replace')} is another kind of file than at the checkpoint")
         # The flags of directories, programs and mappings are not recorded: those are compared after the restore.
         if file.flags and not file.flags & os.O_PATH:

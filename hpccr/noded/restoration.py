@@ -129,7 +129,7 @@ class Restoration:
         await self._reach("pre-resume")
         # CRIU takes root's identity off the tasks only after post-restore: here they have their own and still stand.
         tree, identity = self._tree(), self._capsule.identity
-        scan.check_restored(tree, identity)
+        scan.check_restored(scan.with_threads(tree), identity)
         pids = [task.pid for task in tree.tasks if task.state != "Z"]
         child.call(lambda: launch.lower(pids, identity), identity=identity)
         # CRIU goes no path any more, and the tasks want theirs.

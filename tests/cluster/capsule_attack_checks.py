@@ -16,7 +16,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpccr.noded.control import InitRestore
-from hpccr.wire.messages import Restored, Resume, Resumed, RolledBack, Unheld, Unhold
+from hpccr.wire.messages import (
+    Abort,
+    Aborted,
+    Freeze,
+    Prepared,
+    Restored,
+    Resume,
+    Resumed,
+    RolledBack,
+    Unheld,
+    Unhold,
+    Wanted,
+)
 from msgspec import structs
 
 import capsule_init_checks
@@ -170,7 +182,9 @@ HONEST = """
     written = open(home + "/written", "w")
     print("ready", flush=True)
     for line in sys.stdin:
-        socket.socket(socket.AF_UNIX).connect(home + "/service")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(home + "/service")
+            sock.accept()[0].close()
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"n", "near")
         _, fds, _, _ = socket.recv_fds(other, 1, 1)
         socket.send_fds(one, [b"x"], fds)
@@ -244,6 +258,55 @@ def limits_are_those_of_whoever_restores(home: Path) -> None:
             two.write(b"1\n")
             line = two.read_until(b"\n")
             assert line == b"[(300, 400), (0, 0)] 3 0\n", line
+
+
+@case
+def a_job_that_grows_after_its_room_was_found_is_refused(home: Path) -> None:
+    """Others count on the room; the job goes on."""
+    with capsule() as one, spool() as directory:
+        one.script("""
+            import sys
+            held = []
+            print("ready", flush=True)
+            for line in sys.stdin:
+                held.append(b"x" * (int(line) << 20))
+                print("has", len(held), flush=True)
+        """)
+        one.read_until(b"ready\n")
+        prepared = one.prepare(directory)
+        assert isinstance(prepared, Prepared), prepared
+        assert isinstance(one.ask(Abort(reason="no")), Aborted)
+        assert isinstance(one.prepare(directory, room=prepared.estimate + (32 << 20)), Prepared)
+        one.write(b"100\n")
+        one.read_until(b"has 1\n")
+        expect_failed(one.ask(Freeze()), "the dump may take")
+        one.write(b"1\n")
+        one.read_until(b"has 2\n")
+
+
+@case
+def a_flood_of_wishes_keeps_init_from_nothing(home: Path) -> None:
+    with capsule() as one:
+        one.script("""
+            import os, socket
+            for _ in range(3):
+                os.fork()
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock.connect("\\0hpccr-request")
+            print("ready", flush=True)
+            while True:
+                sock.send(b"c")
+        """)
+        one.read_until(b"ready\n")
+        reply = one.receive()
+        assert isinstance(reply, Wanted), reply
+        for _ in range(3):
+            one.send(Abort(reason="no"))
+            while not isinstance(reply, Aborted):
+                reply = one.receive()
+                assert isinstance(reply, Aborted | Wanted), reply
+            reply = one.receive()
+            assert isinstance(reply, Wanted), reply
 
 
 if __name__ == "__main__":

@@ -110,11 +110,14 @@ def read(directory: Path) -> Recorded:
 
 
 def test_images_are_read_with_what_was_removed(tmp_path: Path) -> None:
+    link = regular(8, "/home/link_remap.1")
+    link.reg.ClearField("mode")
     image(
         tmp_path / "files.img",
         [
             regular(1, "/home/a"),
             regular(2, "/home/gone"),
+            link,
             unix(3, b"/home/d/s\0"),
             unix(4, b"s\0", "/home/e"),
             unix(5, b"\0abstract"),
@@ -130,6 +133,7 @@ def test_images_are_read_with_what_was_removed(tmp_path: Path) -> None:
     assert found.files == (
         File(b"/home/a", os.O_RDWR, stat.S_IFREG, False),
         File(b"/home/gone", os.O_RDWR, stat.S_IFREG, True),
+        File(b"/home/link_remap.1", os.O_RDWR, 0, False),
     )
     assert found.sockets == (Socket(b"/home/d/s", False), Socket(b"/home/e/s", False))
     ghost.uid = UID + 1
