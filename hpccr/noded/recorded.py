@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -50,19 +50,11 @@ class File:
 
 
 @dataclass(frozen=True)
-class Socket:
-    """A unix socket that has a name. deleted: which is not there any more."""
-
-    path: bytes
-    deleted: bool
-
-
-@dataclass(frozen=True)
 class Recorded:
-    """All of an image directory's."""
+    """All of an image directory's. sockets: the names of unix sockets."""
 
     files: tuple[File, ...]
-    sockets: tuple[Socket, ...]
+    sockets: tuple[bytes, ...]
 
     @property
     def of_processes(self) -> frozenset[bytes]:
@@ -81,15 +73,16 @@ def read(images: ModuleType, directory: int, uid: int) -> Recorded:
                 raise CorruptError(f"the image of removed file {entry.remap_id:x} is missing")
             if ghost.mode & (stat.S_ISUID | stat.S_ISGID) and ghost.uid != uid and stat.S_ISREG(ghost.mode):
                 raise CorruptError("the job has a set-id program open that has since been removed")
-    files, sockets = [], []
+    files: list[File] = []
+    sockets: list[bytes] = []
     for entry in _entries(images.pb.file_entry, directory, _FILES):
         if entry.HasField("reg") and not entry.reg.ext and removed.get(entry.reg.id) != _PROCFS:
             reg = entry.reg
             # CRIU's own link to a file whose name was removed comes without a mode.
             kind = stat.S_IFMT(reg.mode) if reg.HasField("mode") else 0
-            files.append(File(os.fsencode(reg.name), reg.flags, kind, reg.id in removed))
+            files.append(File(b"/" + os.fsencode(reg.name).lstrip(b"/"), reg.flags, kind, reg.id in removed))
         elif entry.HasField("usk") and (path := _socket_path(entry.usk)):
-            sockets.append(Socket(path, entry.usk.deleted))
+            sockets.append(path)
     return Recorded(tuple(dict.fromkeys(files)), tuple(dict.fromkeys(sockets)))
 
 
@@ -121,11 +114,11 @@ def _entries(payload: Any, directory: int, name: str) -> Iterator[Any]:
 # --- with the user's ids ------------------------------------------------------------------------------------------
 
 
-def real_places(sockets: tuple[Socket, ...]) -> list[tuple[bytes, bytes]]:
+def real_places(sockets: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
     """Of the directories in which sockets have names those that are reached by a symbolic link, and where they are
     really: as a home directory may be. With the user's ids."""
     found = []
-    for place in sorted({os.path.dirname(socket.path) for socket in sockets}):
+    for place in sorted({os.path.dirname(path) for path in sockets}):
         real = os.path.realpath(place)
         if real != os.path.normpath(place):
             found.append((place, real))
@@ -147,11 +140,11 @@ def check(recorded: Recorded) -> None:
                 _check_file(file)
         except OSError as error:
             raise _refusal("has {} open", file.path, error) from None
-    for socket in recorded.sockets:
+    for path in recorded.sockets:
         try:
-            _check_socket(socket)
+            _check_socket(path)
         except OSError as error:
-            raise _refusal("has a socket named {}", socket.path, error) from None
+            raise _refusal("has a socket named {}", path, error) from None
 
 
 def _refusal(has: str, path: bytes, error: OSError) -> CorruptError:
@@ -183,13 +176,13 @@ def _check_file(file: File) -> None:
         os.close(fd)
 
 
-def _check_socket(socket: Socket) -> None:
-    place = _nearest(socket.path)
+def _check_socket(path: bytes) -> None:
+    place = _nearest(path)
     try:
         _access(place, os.W_OK | os.X_OK)
         above = os.fstat(place)
         try:
-            there = os.stat(socket.path, follow_symlinks=False)
+            there = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:
             return
         # CRIU removes what is there.

@@ -37,6 +37,8 @@ class Restoration:
         self._streams = replace(streams, stderr=streams.stdout) if old.stdout == old.stderr else streams
         self._criu = capsule.criu(directory)
         self._times: private.Times = {}
+        self._links = True
+        """Whether symbolic links are followed."""
 
     async def prepare(self) -> Restored:
         """Bring the tasks back, stopped before their first instruction, and check them. The network is held."""
@@ -65,6 +67,7 @@ class Restoration:
         # The root waits for CRIU, alone: the other tasks are forked after this, and no path was gone yet.
         await self._reach("setup-namespaces")
         mounts.links(follow=False)
+        self._links = False
         if reaps:
             await subreaper.make(image.root_pid)
         self._criu.answer(True)
@@ -119,6 +122,11 @@ class Restoration:
         if self._capsule.identity.cpus:
             os.sched_setaffinity(0, self._capsule.identity.cpus)
 
+    def _follow_links(self) -> None:
+        if not self._links:
+            mounts.links(follow=True)
+            self._links = True
+
     def _tree(self) -> scan.Tree:
         # With rst_sibling the restored root is init's child, not CRIU's.
         return scan.tree(self._request.image.root_pid, helpers=(self._criu.pid,))
@@ -133,7 +141,7 @@ class Restoration:
         pids = [task.pid for task in tree.tasks if task.state != "Z"]
         child.call(lambda: launch.lower(pids, identity), identity=identity)
         # CRIU goes no path any more, and the tasks want theirs.
-        mounts.links(follow=True)
+        self._follow_links()
         private.set_directory_times(self._capsule, self._times)
         self._criu.answer(True)
         final = await self._criu.until()
@@ -158,7 +166,7 @@ class Restoration:
         await self._criu.give_up()
         await wait_ended(ended)
         await wait_ended(kill(task.pid for task in self._tree().tasks))
-        mounts.links(follow=True)
+        self._follow_links()
         if self._request.image.files:
             await jobfiles.unlink(self._capsule, self._directory)
 

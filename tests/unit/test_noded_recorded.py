@@ -15,7 +15,7 @@ from pycriu import images
 
 from hpccr.errors import CorruptError
 from hpccr.noded import recorded
-from hpccr.noded.recorded import File, Recorded, Socket
+from hpccr.noded.recorded import File, Recorded
 
 UID = os.getuid()
 
@@ -24,9 +24,8 @@ def file(path: Path, kind: int = stat.S_IFREG, flags: int = os.O_RDWR, *, remove
     return File(os.fsencode(path), flags, kind, removed)
 
 
-def check(*entries: File | Socket) -> None:
-    files = tuple(entry for entry in entries if isinstance(entry, File))
-    recorded.check(Recorded(files, tuple(entry for entry in entries if isinstance(entry, Socket))))
+def check(*files: File, sockets: Iterable[Path] = ()) -> None:
+    recorded.check(Recorded(files, tuple(map(os.fsencode, sockets))))
 
 
 def test_what_is_as_it_was_passes_and_what_is_not_there_is_crius_to_tell(tmp_path: Path) -> None:
@@ -40,7 +39,7 @@ def test_what_is_as_it_was_passes_and_what_is_not_there_is_crius_to_tell(tmp_pat
         file(Path("/dev/null"), stat.S_IFCHR),
         file(tmp_path / "gone" / "below", removed=True),
         file(Path("/proc/300/mem")),
-        Socket(os.fsencode(tmp_path / "service"), False),
+        sockets=[tmp_path / "service"],
     )
 
 
@@ -54,7 +53,7 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
         with pytest.raises(CorruptError, match="symbolic link"):
             check(file(tmp_path / name, flags=flags, removed=name.endswith("gone")))
     with pytest.raises(CorruptError, match="symbolic link"):
-        check(Socket(os.fsencode(tmp_path / "place/service"), False))
+        check(sockets=[tmp_path / "place/service"])
     check(file(tmp_path / "link", stat.S_IFLNK, os.O_PATH | os.O_NOFOLLOW))
 
 
@@ -72,7 +71,7 @@ def test_rights_that_were_withdrawn(tmp_path: Path) -> None:
         check(file(tmp_path / "file", flags=os.O_WRONLY))
     tmp_path.chmod(0o500)
     with pytest.raises(CorruptError, match="socket named"):
-        check(Socket(os.fsencode(tmp_path / "service"), False))
+        check(sockets=[tmp_path / "service"])
 
 
 def image(path: Path, entries: Iterable[Any]) -> None:
@@ -135,7 +134,7 @@ def test_images_are_read_with_what_was_removed(tmp_path: Path) -> None:
         File(b"/home/gone", os.O_RDWR, stat.S_IFREG, True),
         File(b"/home/link_remap.1", os.O_RDWR, 0, False),
     )
-    assert found.sockets == (Socket(b"/home/d/s", False), Socket(b"/home/e/s", False))
+    assert found.sockets == (b"/home/d/s", b"/home/e/s")
     ghost.uid = UID + 1
     image(tmp_path / "ghost-file-a.img", [ghost])
     with pytest.raises(CorruptError, match="set-id"):
@@ -161,7 +160,7 @@ def test_sockets_behind_a_link_get_their_real_names(tmp_path: Path) -> None:
     recorded.rename_sockets(images, fd, places)
     os.close(fd)
     found = read(tmp_path)
-    assert [one.path for one in found.sockets] == [os.fsencode(real / "s"), os.fsencode(long / "s")]
+    assert found.sockets == (os.fsencode(real / "s"), os.fsencode(long / "s"))
     assert [one.path for one in found.files] == [b"/home/a"]
     assert kept.read_bytes() == before
 
@@ -170,8 +169,8 @@ def test_a_socket_in_the_place_of_anothers_is_not_removed(tmp_path: Path) -> Non
     path = tmp_path / "service"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
-        check(Socket(os.fsencode(path), False))
+        check(sockets=[path])
     path.unlink()
     path.symlink_to("elsewhere")
     with pytest.raises(CorruptError, match="socket named"):
-        check(Socket(os.fsencode(path), False))
+        check(sockets=[path])
