@@ -24,9 +24,11 @@ from hpccrd_client import (
     Capsule,
     capsule,
     case,
+    checkpointed,
     connected,
     create,
     echoes,
+    running,
     start,
     step_key,
 )
@@ -351,6 +353,23 @@ async def foreign_mounts() -> None:
             assert isinstance(await made.ask(create(step_key())), m.Created)
         else:
             await made.refused(create(step_key()), ExitCode.UNSUPPORTED, place)
+
+
+@case
+async def dump_without_room(spool: str) -> None:
+    """Run by the case spool-fills."""
+    filler = Path(spool, "filler")
+    async with capsule() as made:
+        await running(made)
+        await made.expect(m.Prepare(sequence=1, checkpoint="0" * 32), m.Prepared)
+        await made.expect(m.Freeze(), m.Frozen)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 120 << 20)
+        await made.refused(m.Dump(), ExitCode.FAILED, "spool is full")
+        filler.unlink()
+        await echoes(made)
+        assert os.listdir(spool) == []
+        await checkpointed(made, sequence=2)
 
 
 LISTEN = (
