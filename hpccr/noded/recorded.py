@@ -209,8 +209,9 @@ def _look(path: bytes, flags: int = 0) -> int:
 
 
 def _access(fd: int, mode: int) -> None:
-    # As access(2) of a path, which also asks the server of a network file system; and nothing is opened.
-    if not os.access(f"/proc/self/fd/{fd}", mode):
+    # As access(2) of a path, which also asks the server of a network file system; and nothing is opened. The user's own
+    # is open to the user whatever its mode: a program may write to a file that it made read-only.
+    if os.fstat(fd).st_uid != os.geteuid() and not os.access(f"/proc/self/fd/{fd}", mode):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
