@@ -13,19 +13,15 @@ import errno
 import os
 import re
 import stat
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from hpccr.errors import CorruptError
-from hpccr.noded import syscalls
+from hpccr.noded import imagefile, syscalls
 
 _FILES, _REMAPS = "files.img", "remap-fpath.img"
-_MAGIC = 8
-"""Bytes before the first entry of an image: two numbers that say which one it is (criu/include/magic.h)."""
-_SIZE = struct.Struct("<I")
 _GHOST, _PROCFS = 1, 2
 """remap_type (images/remap-file-path.proto)."""
 _EXTERNAL = 1
@@ -65,17 +61,15 @@ class Recorded:
 def read(images: ModuleType, directory: int, uid: int) -> Recorded:
     """What the images in `directory` name. Raises CorruptError for what is no image, or a removed set-id program."""
     removed: dict[int, int] = {}
-    for entry in _entries(images.pb.remap_file_path_entry, directory, _REMAPS):
+    for entry in imagefile.read(directory, _REMAPS, images.pb.remap_file_path_entry):
         removed[entry.orig_id] = entry.remap_type
         if entry.remap_type == _GHOST:
-            ghost = next(_entries(images.pb.ghost_file_entry, directory, f"ghost-file-{entry.remap_id:x}.img"), None)
-            if ghost is None:
-                raise CorruptError(f"the image of removed file {entry.remap_id:x} is missing")
+            ghost = imagefile.first(directory, f"ghost-file-{entry.remap_id:x}.img", images.pb.ghost_file_entry)
             if ghost.mode & (stat.S_ISUID | stat.S_ISGID) and ghost.uid != uid and stat.S_ISREG(ghost.mode):
                 raise CorruptError("the job has a set-id program open that has since been removed")
     files: list[File] = []
     sockets: list[bytes] = []
-    for entry in _entries(images.pb.file_entry, directory, _FILES):
+    for entry in imagefile.read(directory, _FILES, images.pb.file_entry):
         if entry.HasField("reg") and not entry.reg.ext and removed.get(entry.reg.id) != _PROCFS:
             reg = entry.reg
             # CRIU's own link to a file whose name was removed comes without a mode.
@@ -92,23 +86,6 @@ def _socket_path(entry: Any) -> bytes:
     if not name or entry.name.startswith(b"\0") or entry.uflags & _EXTERNAL:
         return b""
     return os.path.join(os.fsencode(entry.name_dir) or b"/", name)
-
-
-def _entries(payload: Any, directory: int, name: str) -> Iterator[Any]:
-    """The messages of an image; of one that is not there, none."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        return
-    with os.fdopen(fd, "rb") as file:
-        file.seek(_MAGIC)
-        while size := file.read(_SIZE.size):
-            entry = payload()
-            try:
-                entry.ParseFromString(file.read(*_SIZE.unpack(size)))
-            except Exception as error:  # whatever protobuf raises for bytes that are no image
-                raise CorruptError(f"{name} is no image of CRIU's: {error}") from None
-            yield entry
 
 
 # --- with the user's ids ------------------------------------------------------------------------------------------
@@ -223,27 +200,17 @@ def rename_sockets(images: ModuleType, directory: int, places: dict[bytes, bytes
 
     A name too long for that becomes relative to its directory.
     """
-    old = os.open(_FILES, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    with os.fdopen(old, "rb") as file:
-        magic = file.read(_MAGIC)
-    # A new file: the old one may be a kept image's too.
-    temporary = f"{_FILES}.new"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    new = os.open(temporary, flags, 0o600, dir_fd=directory)
-    with os.fdopen(new, "wb") as file:
-        file.write(magic)
-        for entry in _entries(images.pb.file_entry, directory, _FILES):
-            if entry.HasField("usk") and (path := _socket_path(entry.usk)):
-                _rename_socket(entry.usk, path, places)
-            data = entry.SerializeToString()
-            file.write(_SIZE.pack(len(data)) + data)
-    os.rename(temporary, _FILES, src_dir_fd=directory, dst_dir_fd=directory)
+
+    def edit(entry: Any) -> bool:
+        return entry.HasField("usk") and _rename_socket(entry.usk, places)
+
+    imagefile.change(directory, _FILES, images.pb.file_entry, edit)
 
 
-def _rename_socket(entry: Any, path: bytes, places: dict[bytes, bytes]) -> None:
-    place, name = os.path.split(path)
+def _rename_socket(entry: Any, places: dict[bytes, bytes]) -> bool:
+    place, name = os.path.split(_socket_path(entry))
     if place not in places:
-        return
+        return False
     end = entry.name[len(entry.name.rstrip(b"\0")) :]
     whole = os.path.join(places[place], name)
     if not entry.name_dir and len(whole) <= _MAX_NAME:
@@ -251,3 +218,4 @@ def _rename_socket(entry: Any, path: bytes, places: dict[bytes, bytes]) -> None:
     else:
         entry.name_dir = os.fsdecode(places[place])
         entry.name = name + end
+    return True
