@@ -103,7 +103,7 @@ async def wrong_create() -> None:
         ({"capsule": 1}, ExitCode.USAGE, "no capsule 1 of 1"),
         ({"secret": "x"}, ExitCode.USAGE, "secret"),
         ({"secret": "A" * 64}, ExitCode.USAGE, "secret"),
-        ({"capsules": 65536}, ExitCode.UNSUPPORTED, "no address"),
+        ({"capsules": 65535}, ExitCode.UNSUPPORTED, "there can be 4096"),
     ):
         async with capsule() as made:
             await made.refused(msgspec.structs.replace(right, **changes), code, pattern)
