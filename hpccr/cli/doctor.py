@@ -97,7 +97,9 @@ class Call:
 
 def _cluster(args: argparse.Namespace, store: Path) -> list[NodeReport]:
     with _token(store) as token:
-        argv = [sys.executable, "-m", "hpccr", "doctor", "--local", "--json", f"--dir={store}", f"--token={token}"]
+        # -P: what lies in the working directory is nobody's module.
+        argv = [sys.executable, "-P", "-m", "hpccr", "doctor", "--local", "--json"]
+        argv += [f"--dir={store}", f"--token={token}"]
         if args.config:
             argv.append(f"--config={os.path.abspath(args.config)}")
         allocation = Allocation.from_environ(os.environ)

@@ -31,7 +31,7 @@ def node_service(config: Config) -> Iterator[str]:
     key = config.node.key if os.path.exists(config.node.key) else EMBEDDED_KEY
     log = Path(own.path, "hpccrd.log")
     socket = Path(own.path, "hpccrd.sock")
-    command = [sys.executable, "-m", "hpccr.noded.daemon", "--embedded", "--exit-with-parent"]
+    command = [sys.executable, "-I", "-m", "hpccr.noded.daemon", "--embedded", "--exit-with-parent"]
     command += ["--run", config.node.run, "--spool", config.node.spool, "--socket", str(socket), "--key", key]
     try:
         with log.open("wb") as output:

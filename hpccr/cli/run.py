@@ -237,7 +237,8 @@ def _node_socket(config: Config, stack: ExitStack) -> str:
 def _agent_command(step: Step) -> Callable[[dict[str, int]], list[str]]:
     def command(counts: dict[str, int]) -> list[str]:
         several = [f"--count={node}={count}" for node, count in counts.items() if count > 1]
-        return [sys.executable, "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
+        # -P: a queue.py beside the batch script is not the library's.
+        return [sys.executable, "-P", "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
 
     return command
 

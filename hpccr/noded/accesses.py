@@ -27,6 +27,7 @@ class Access:
     inode: int
     holder: str
     leased: bool = False
+    mode: int = stat.S_IFREG
     handle: int = -1
     """Where the name was removed while the file has others: the file itself, opened with O_PATH."""
 
@@ -44,15 +45,16 @@ def collect(whole: Tree) -> list[Access]:
         except GONE:
             return
         regular = stat.S_ISREG(status.st_mode)
+        device, inode, mode = status.st_dev, status.st_ino, status.st_mode
         if not name.startswith("/") or not (regular or stat.S_ISDIR(status.st_mode)):
             return
         if name.endswith(DELETED):
-            key = (status.st_dev, status.st_ino, flags)
+            key = (device, inode, flags)
             if regular and status.st_nlink and key not in nameless:
                 handle = os.open(link, os.O_PATH | os.O_CLOEXEC)
-                nameless[key] = Access(name, flags, status.st_dev, status.st_ino, str(task), leased, handle)
+                nameless[key] = Access(name, flags, device, inode, str(task), leased, mode, handle)
             return
-        found.setdefault((name, flags), Access(name, flags, status.st_dev, status.st_ino, str(task), leased))
+        found.setdefault((name, flags), Access(name, flags, device, inode, str(task), leased, mode))
 
     for task in whole.tasks:
         for fd, flags, leased in descriptor_flags(task.pid):

@@ -10,6 +10,10 @@ from hpccr.noded.channel import Descriptors
 from hpccr.wire import messages as m
 
 MAX_PATH = 4096
+MAX_CAPSULES = 4096
+"""Of a step: more than their names and addresses fit into a packet to capsule init for."""
+MAX_VARIABLES = 16384
+"""Of a job's environment: each takes hpccrd twenty times the memory that a short one takes in the request."""
 _SECRET = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -20,6 +24,8 @@ def check_create(request: m.Create, node: str) -> None:
             f"hpccrd on {node} speaks protocol {m.PROTOCOL}, the request {request.protocol}",
             hint="install the same version of hpccr on all nodes and restart hpccrd",
         )
+    if request.capsules > MAX_CAPSULES:
+        raise UnsupportedError(f"a step of {request.capsules} capsules: there can be {MAX_CAPSULES}")
     if request.capsule >= request.capsules:
         raise UsageError(f"there is no capsule {request.capsule} of {request.capsules}")
     if not _SECRET.match(request.secret):
@@ -30,6 +36,8 @@ def check_command(request: m.Start) -> None:
     """Raises UsageError for what execve(2) could not take, or a relative working directory."""
     if not request.cwd.startswith("/") or "\0" in request.cwd or len(request.cwd) > MAX_PATH:
         raise UsageError(f"the working directory {request.cwd[:100]!r} is not an absolute path")
+    if len(request.env) > MAX_VARIABLES:
+        raise UsageError(f"the environment has {len(request.env)} variables, more than {MAX_VARIABLES}")
     if any("\0" in argument for argument in request.argv):
         raise UsageError("the command has an argument with a zero byte")
     for name, value in request.env.items():

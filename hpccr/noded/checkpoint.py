@@ -60,6 +60,7 @@ class Checkpoint:
         self._criu = home.criu(directory)
         self._saving = private.Saving(home, directory)
         self._criu_version = 0
+        self._needed = self._occupied = 0
         self._stopped_at = 0.0
         self._files = jobfiles.Saving(home, request.files, directory)
         self._scanned = scan.Tree(home.root)
@@ -79,13 +80,10 @@ class Checkpoint:
         services.check(tree)
         if self._request.outside == "refuse":
             outside.refuse(tree, self._capsule.inside)
-        needed = scan.estimate(tree, self._capsule.places, self._request.ghost_limit)
-        needed += await self._files.measure(tree)
-        if needed > self._request.room:
-            raise HpccrError(
-                f"the dump may take {needed} bytes and the spool has {self._request.room} free",
-                hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
-            )
+        self._occupied = scan.occupied(tree, self._capsule.places)
+        self._needed = scan.estimate(tree, self._capsule.places, self._request.ghost_limit)
+        self._needed += await self._files.measure(tree)
+        self._check_room(self._needed)
         await self._check_reachable(tree)
         await self._files.copy_ahead()
         # The most of it, so that little is left when everything stands still.
@@ -102,7 +100,14 @@ class Checkpoint:
             },
         )
         await self._reach("pre-dump", "start")
-        return Prepared(estimate=needed)
+        return Prepared(estimate=self._needed)
+
+    def _check_room(self, needed: int) -> None:
+        if needed > self._request.room:
+            raise HpccrError(
+                f"the dump may take {needed} bytes and the spool has {self._request.room} free",
+                hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
+            )
 
     async def _check_reachable(self, tree: scan.Tree) -> None:
         """CRIU, as root, finds what the tasks have by name, and so has the user to."""
@@ -127,6 +132,9 @@ class Checkpoint:
         self._scanned = self._tree()
         scan.check_whole(self._scanned, self._capsule.identity.uid)
         refusals.check_open(self._scanned, self._capsule.places)
+        # Other checkpoints of the node count on the room that this one was given.
+        grown = scan.occupied(self._scanned, self._capsule.places) - self._occupied
+        self._check_room(self._needed + max(0, grown))
         services.check(self._scanned)
         await services.cut(self._scanned)
         await self._files.write_out(self._scanned)

@@ -22,6 +22,7 @@ from hpccr.errors import ExitCode, HpccrError, error_for
 from hpccr.noded import syscalls
 from hpccr.noded.control import Identity
 from hpccr.noded.reaper import Reaper
+from hpccr.noded.said import encodable
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where root's tools are looked for inside a capsule."""
@@ -142,11 +143,11 @@ def _child(function: Callable[[], Any], identity: Identity | None, writing: int,
             become(identity)
         answer: tuple[str, Any] = ("done", function())
     except HpccrError as error:
-        answer = ("failed", Failure(int(error.code), error.message, error.hint))
+        answer = ("failed", Failure(int(error.code), encodable(error.message), encodable(error.hint)))
     except OSError as error:
-        answer = ("failed", Failure(int(ExitCode.FAILED), str(error), ""))
+        answer = ("failed", Failure(int(ExitCode.FAILED), encodable(str(error)), ""))
     except BaseException:
-        answer = ("failed", Failure(int(ExitCode.FAILED), traceback.format_exc(), ""))
+        answer = ("failed", Failure(int(ExitCode.FAILED), encodable(traceback.format_exc()), ""))
     try:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(msgspec.msgpack.encode(answer))

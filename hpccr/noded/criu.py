@@ -237,8 +237,9 @@ class Criu:
                 for fd in keep:
                     os.set_inheritable(fd, True)
                 # prlimit compares the caller's real ids with the task's: without CAP_SYS_RESOURCE (as in many
-                # containers) CRIU could not read limits otherwise. With it, this changes nothing.
-                if not root:
+                # containers) CRIU could not read limits otherwise. Only then, for the user may signal and reschedule
+                # what has his real ids.
+                if not root and not syscalls.has_capability(syscalls.CAP_SYS_RESOURCE):
                     os.setresgid(self._identity.gid, 0, 0)
                     os.setresuid(self._identity.uid, 0, 0)
                 argv = [self._program, "--no-default-config", "swrk", str(end)]

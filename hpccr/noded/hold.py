@@ -8,6 +8,7 @@ The library refuses to work when real and effective ids differ; init's are equal
 from __future__ import annotations
 
 import ctypes
+import functools
 
 from hpccr.errors import HpccrError
 
@@ -29,14 +30,20 @@ _INSTALL = (
 )
 
 
+@functools.cache
+def library() -> ctypes.CDLL:
+    """libnftables, loaded at the first call. Raises HpccrError if it is not installed."""
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise HpccrError(f"cannot load {LIBRARY}: {error}", hint="install nftables on this node") from None
+
+
 class Nft:
     """A libnftables context; belongs to the network namespace it is made in. Each run() is one transaction."""
 
     def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL(LIBRARY)
-        except OSError as error:
-            raise HpccrError(f"cannot load {LIBRARY}: {error}", hint="install nftables on this node") from None
+        self._library = library()
         self._library.nft_ctx_new.restype = ctypes.c_void_p
         self._library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
         self._context = ctypes.c_void_p(self._library.nft_ctx_new(0))

@@ -15,6 +15,7 @@ from hpccr.noded import kept, transferring
 from hpccr.noded.admission import check_directory
 from hpccr.noded.control import Identity
 from hpccr.noded.node import Node
+from hpccr.noded.said import printable
 from hpccr.noded.spool import Directory
 from hpccr.noded.transfer import FetchJob, Finished, FlushJob, Moved
 from hpccr.wire import messages as m
@@ -150,7 +151,7 @@ class Images:
         try:
             finished = await transfer.run(job, moved)
         except Exception as error:
-            log.warning("capsule %s: flush of checkpoint %d failed: %s", self._name, sequence, error)
+            log.warning("capsule %s: flush of checkpoint %d failed: %s", self._name, sequence, printable(str(error)))
             if self._released is None and not self._ended:
                 self._released = released  # it may be tried again
             else:

@@ -36,10 +36,11 @@ from hpccr.noded.control import (
     Network,
     NetworkReady,
 )
-from hpccr.noded.hold import Hold, Nft
+from hpccr.noded.hold import Hold, Nft, library
 from hpccr.noded.quiesce import Outcome, Ranks, Wishes
 from hpccr.noded.reaper import Reaper
 from hpccr.noded.restoration import Restoration
+from hpccr.noded.said import encodable
 from hpccr.wire.messages import (
     Abort,
     Aborted,
@@ -102,7 +103,7 @@ class Control:
 
 
 def failed(error: HpccrError) -> Failed:
-    return Failed(code=int(error.code), message=error.message, hint=error.hint)
+    return Failed(code=int(error.code), message=encodable(error.message), hint=encodable(error.hint))
 
 
 class Init:
@@ -166,7 +167,7 @@ class Init:
             reply = Failed(code=int(ExitCode.FAILED), message=f"aborted: {self._abort_reason}")
         except Exception as error:
             await self._undo()
-            reply = Failed(code=int(ExitCode.FAILED), message=f"capsule init: {type(error).__name__}: {error}")
+            reply = failed(HpccrError(f"capsule init: {type(error).__name__}: {error}"))
         finally:
             for fd in fds:
                 os.close(fd)
@@ -384,8 +385,9 @@ def main() -> NoReturn:
     os.set_inheritable(sock.fileno(), False)
     control = Control(sock)
     try:
-        # In the user's mount namespace nothing more may be imported: it could be another Python's.
+        # In the user's mount namespace nothing more may be imported or loaded: it could be another Python's.
         rpc, images = criu.load()
+        library()
         request, cgroups = build(control)
         nft = Nft()
     except HpccrError as error:
@@ -394,6 +396,9 @@ def main() -> NoReturn:
     except OSError as error:
         control.send(Failed(code=int(ExitCode.FAILED), message=f"cannot make the capsule: {error}"))
         sys.exit(1)
+    # hpccrd's protection from the OOM killer is not for what it starts: how much memory that takes the user decides.
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")
     capsule = Capsule(
         identity=request.identity,
         cgroups=cgroups,

@@ -121,7 +121,7 @@ class Init:
             return
         try:
             message = _decoder.decode(packet)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             log.error("capsule init sent what is no message: %s", error)
             self._lose()
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import msgspec
@@ -22,9 +22,23 @@ def limits(identity: Identity) -> None:
     if identity.cpus:
         os.sched_setaffinity(0, identity.cpus)
     os.setpriority(os.PRIO_PROCESS, 0, identity.nice)
-    # The daemon's protection from the OOM killer is not for the job.
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("0")
+
+
+def lower(pids: Iterable[int], identity: Identity) -> None:
+    """Take from processes what they may have beyond the requester's limits, nice value and scheduling class: CRIU gives
+    restored ones what they had. In a child with the user's ids."""
+    realtime = next((hard for number, _, hard in identity.rlimits if number == resource.RLIMIT_RTPRIO), 0)
+    for pid in pids:
+        for number, _, most in identity.rlimits:
+            soft, hard = resource.prlimit(pid, number)
+            new = _lower(hard, most)
+            if new != hard:
+                resource.prlimit(pid, number, (_lower(soft, new), new))
+        for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+            if os.sched_getscheduler(thread) in (os.SCHED_FIFO, os.SCHED_RR) and not realtime:
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+            if os.getpriority(os.PRIO_PROCESS, thread) < identity.nice:
+                os.setpriority(os.PRIO_PROCESS, thread, identity.nice)
 
 
 def _limit(number: int, soft: int, hard: int) -> None:

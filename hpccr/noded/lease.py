@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -15,7 +16,7 @@ import msgspec
 
 import hpccr
 from hpccr.errors import HpccrError, PeerLostError, UsageError
-from hpccr.noded import addresses, control, leftovers, lifecycle, network, peer
+from hpccr.noded import addresses, compatible, control, leftovers, lifecycle, network, peer, probe
 from hpccr.noded.admission import check_command, check_create, check_stdio
 from hpccr.noded.channel import Descriptors
 from hpccr.noded.images import Dumping, Images
@@ -23,6 +24,7 @@ from hpccr.noded.initlink import Init, memory_file
 from hpccr.noded.lifecycle import State
 from hpccr.noded.network import Plan
 from hpccr.noded.node import Node, node_hosts
+from hpccr.noded.patience import SHORT, Patience
 from hpccr.noded.spool import Directory
 from hpccr.noded.transfer import Finished
 from hpccr.wire import messages as m
@@ -36,8 +38,10 @@ ABORT_TIMEOUT = 660.0
 A capsule that does not manage is killed."""
 MARGIN = 15.0
 """Seconds added to the deadlines of phases: the capsule's own come first and say more."""
-SHORT = 30.0
-"""Seconds for what takes no time."""
+LOOK_AT_SPOOL = 0.5
+"""Seconds between two looks at the room in the spool during a dump."""
+RELEASE = 300.0
+"""Seconds for a release: the end of killed tasks may wait for their memory to be given back, or for a file server."""
 
 
 def present[T](part: T | None) -> T:
@@ -76,12 +80,14 @@ class Lease:
         self._quiescing = False
         """The ranks have been asked to stand still and not been told that it is over."""
         self._ending: asyncio.Task[None] | None = None
+        self._patience = Patience(node.config.checkpoint, self._give_up_quietly)
 
     # --- requests -----------------------------------------------------------------------------------------------
 
     async def perform(self, request: m.Message, descriptors: Descriptors) -> m.Message:
         """The reply to a request. Raises HpccrError; what is left of the capsule then, see lifecycle."""
         then = lifecycle.after(self.state, request)
+        self._patience.end()
         try:
             reply = await self._dispatch(request, descriptors)
         except (HpccrError, OSError) as error:
@@ -95,6 +101,7 @@ class Lease:
         # The job may have ended meanwhile, and then that is the state.
         if self.state not in (State.ENDED, State.GONE):
             self.state = then
+            self._patience.begin(then)
         return reply
 
     async def _dispatch(self, request: m.Message, descriptors: Descriptors) -> m.Message:
@@ -255,7 +262,11 @@ class Lease:
             os.close(environment)
 
     async def _do_fetch(self, request: m.Fetch) -> m.Fetched:
-        self._fetched = await self._images.fetch(request, present(self._create), present(self._identity))
+        finished, directory = await self._images.fetch(request, present(self._create), present(self._identity))
+        node = self._node
+        criu = await asyncio.to_thread(probe.criu_version, node.config.node.criu)
+        compatible.check(present(finished.image), node=node.name, cpu_flags=node.cpu_flags, criu=criu)
+        self._fetched = finished, directory
         return m.Fetched()
 
     async def _do_roll_back(self) -> m.RolledBack:
@@ -347,16 +358,29 @@ class Lease:
     async def _do_dump(self, request: m.Dump) -> m.Dumped:
         dumping = present(self._dumping)
         timeout = self._node.config.checkpoint.dump_timeout + MARGIN
-        answer = await self._checkpointing(request, control.InitDumped, timeout)
+        watch = asyncio.create_task(self._until_spool_is_short())
+        answering = asyncio.create_task(self._checkpointing(request, control.InitDumped, timeout))
+        try:
+            await asyncio.wait({watch, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                await self.abort("the spool is full but for node.spool_reserve")
+            answer = await answering
+        finally:
+            watch.cancel()
+            answering.cancel()
         self._node.claims.pop(self.name, None)
         dumping.image, dumping.created = answer.image, time.time()
         return m.Dumped(bytes=await asyncio.to_thread(dumping.directory.bytes))
+
+    async def _until_spool_is_short(self) -> None:
+        while not await asyncio.to_thread(self._node.spool.is_short):
+            await asyncio.sleep(LOOK_AT_SPOOL)
 
     async def _do_release(self, request: m.Release) -> m.Released:
         dumping = present(self._dumping)
         self._releasing = True
         try:
-            released = await self._checkpointing(request, m.Released, SHORT + MARGIN)
+            released = await self._checkpointing(request, m.Released, RELEASE)
         finally:
             self._releasing = False
         dumping.frozen_seconds = released.frozen_seconds
@@ -373,6 +397,11 @@ class Lease:
             return
         self._aborted = reason
         await self._give_up(reason)
+
+    async def _give_up_quietly(self, reason: str) -> None:
+        log.warning("capsule %s is %s: %s", self.name, self.state.value, reason)
+        with contextlib.suppress(HpccrError):
+            await self.abort(reason)
 
     async def _give_up(self, reason: str) -> None:
         dumping, self._dumping = self._dumping, None
@@ -435,6 +464,7 @@ class Lease:
 
     async def _undo(self) -> None:
         self.state = State.GONE
+        self._patience.end()
         self._node.claims.pop(self.name, None)
         for step in (self._end_init, self._unmake_network, self._images.end, self._drop_dump, self._drop_runtime):
             try:

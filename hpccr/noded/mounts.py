@@ -146,6 +146,26 @@ def execute(operations: Iterable[Operation]) -> None:
             raise HpccrError(f"cannot {operation.describe()}: {error}", hint=_hint(operation)) from None
 
 
+def links(follow: bool) -> None:
+    """Whether symbolic links are followed in this mount namespace. Raises HpccrError.
+
+    Off while CRIU, as root, goes the paths of a checkpoint: the user may have put a link anywhere into them. In /proc
+    and /dev, where users cannot, they are always followed.
+    """
+    attribute = syscalls.MOUNT_ATTR_NOSYMFOLLOW
+    try:
+        if follow:
+            syscalls.mount_setattr("/", clear=attribute, recursive=True)
+        else:
+            syscalls.mount_setattr("/", set=attribute, recursive=True)
+            for path in ("/proc", "/dev"):
+                syscalls.mount_setattr(path, clear=attribute)
+    except OSError as error:
+        raise HpccrError(
+            f"cannot tell the kernel whether to follow symbolic links: {error}", hint="Linux 5.14 or newer is needed"
+        ) from None
+
+
 def _hint(operation: Operation) -> str:
     if isinstance(operation, Mount) and operation.fstype == "tmpfs":
         return f"every directory in capsule.private must exist on the node: create {operation.target} or take it out"

@@ -10,11 +10,14 @@ import resource
 import select
 import socket
 import struct
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hpccr.errors import HpccrError, PeerLostError, UnsupportedError
-from hpccr.noded import cgroups
+from hpccr.noded import cgroups, scan
 from hpccr.noded.control import Identity
+from hpccr.noded.criu import CACHE
 
 # Constants of asm-generic/socket.h and linux/nsfs.h that Python's modules do not have.
 SO_PEERGROUPS = 59
@@ -86,10 +89,10 @@ def credentials(sock: socket.socket) -> Credentials:
     return Credentials(pid, uid, gid, struct.unpack(f"{len(groups) // 4}I", groups))
 
 
-def examine(sock: socket.socket, who: Credentials) -> Requester:
-    """Everything of the requesting process that a capsule inherits.
+def examine(sock: socket.socket, who: Credentials, criu: str = "criu") -> Requester:
+    """Everything of the requesting process that a capsule inherits. criu: which program that is (node.criu).
 
-    Raises UnsupportedError (foreign namespaces, mixed ids), PeerLostError (it is gone).
+    Raises UnsupportedError (foreign namespaces or mounts, mixed ids), PeerLostError (it is gone).
     """
     gone = PeerLostError("the requesting process has ended")
     try:
@@ -109,7 +112,7 @@ def examine(sock: socket.socket, who: Credentials) -> Requester:
             cpus=tuple(sorted(os.sched_getaffinity(who.pid))),
             nice=os.getpriority(os.PRIO_PROCESS, who.pid),
         )
-        opened.append(_mount_namespace(who.pid))
+        opened.append(_mount_namespace(who.pid, criu))
         opened += cgroups.open_procs(who.pid)
         # What was read is the peer's if the peer still lives now: its pid cannot have gone to another process.
         if select.select([pidfd], [], [], 0)[0]:
@@ -177,7 +180,45 @@ def _limit(text: str) -> int:
     return -1 if text == "unlimited" else int(text)
 
 
-def _mount_namespace(pid: int) -> int:
+def _check_mounts(pid: int, criu: str, hint: str) -> None:
+    # A container runtime that is set-id root makes such a namespace with whatever its user wants to see in it.
+    if not os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat("/")):
+        raise UnsupportedError("the requesting process has another root directory than hpccrd", hint=hint)
+    other = foreign_mounts(_read(pid, "mountinfo"), _read(os.getpid(), "mountinfo"), trusted_places(criu))
+    if other:
+        raise UnsupportedError(
+            f"the requesting process sees another {other[0]} than hpccrd, which trusts what is there", hint=hint
+        )
+
+
+def trusted_places(criu: str) -> tuple[str, ...]:
+    """Where root starts programs, loads libraries and opens files in a requester's mount namespace."""
+    system = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/dev/null", CACHE)
+    own = [sys.prefix, sys.base_prefix, *([os.path.dirname(criu)] if "/" in criu else [])]
+    return (*system, *own, *map(os.path.realpath, own))
+
+
+def foreign_mounts(theirs: str, own: str, places: Iterable[str]) -> list[str]:
+    """Mount points at, above or below `places` at which one mount namespace has what the other has not. Both as
+    /proc/PID/mountinfo."""
+    known = set(_mounts(own))
+    return [
+        point
+        for mount in _mounts(theirs)
+        if mount not in known
+        for point in [mount[0]]
+        if any(scan.below(point, [place]) or scan.below(place, [point]) for place in places)
+    ]
+
+
+def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
+    """Mount point, device and directory of it."""
+    for line in text.splitlines():
+        _, _, device, root, point, _ = line.split(" ", 5)
+        yield point, device, root
+
+
+def _mount_namespace(pid: int, criu: str) -> int:
     """The process's mount namespace, if root may trust what is mounted in it."""
     hint = "hpccr cannot run inside a container or `unshare --user`: start it from the job itself"
     own = os.stat("/proc/self/ns/user")
@@ -194,6 +235,8 @@ def _mount_namespace(pid: int) -> int:
             raise UnsupportedError(
                 "the mounts of the requesting process were made in another user namespace", hint=hint
             )
+        if not os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/mnt")):
+            _check_mounts(pid, criu, hint)
     except BaseException:
         os.close(namespace)
         raise

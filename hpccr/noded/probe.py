@@ -87,6 +87,16 @@ def run_criu(program: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def criu_version(program: str) -> int:
+    """major * 10000 + minor * 100 + sublevel; 0 if CRIU does not tell. Blocks."""
+    status, output = run_criu(program, "--version")
+    match = _VERSION.search(output)
+    if status or match is None:
+        return 0
+    major, minor, sublevel = (int(part or 0) for part in match.groups())
+    return major * 10000 + minor * 100 + sublevel
+
+
 def check_criu_version(program: str) -> Check:
     status, output = run_criu(program, "--version")
     match = _VERSION.search(output)

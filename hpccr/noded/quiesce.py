@@ -42,6 +42,9 @@ WISHES = "\0hpccr-request"
 WISH_PAUSE = 1.0
 """Seconds after a wish in which more of them are the same one."""
 
+MAX_HEARD = 1000
+"""Wishes taken from the queue at once: whoever sends without a pause must not keep init from everything else."""
+
 
 class Outcome(enum.IntEnum):
     """How a quiesce ended, as the ranks are told."""
@@ -191,7 +194,7 @@ class Wishes:
         # What comes in the meantime stays in the queue, and what does not fit is the same wish anyway.
         self._loop.remove_reader(self._socket)
         try:
-            while True:
+            for _ in range(MAX_HEARD):
                 self._socket.recv(1)
         except BlockingIOError:
             pass

@@ -1,17 +1,19 @@
 """Restoring a capsule's tasks from images that hpccrd has verified, step by step: prepare, resume, unhold.
 
-The images are as trusted as the site key: CRIU as root does what they say. What is checked here besides is that the
-result is the user's and nothing more.
+The images are as trusted as the site key: CRIU as root does what they say. But the paths in them lead where the user
+likes: they are gone over first (recorded.py), no symbolic link is followed meanwhile (mounts.links), and afterwards it
+is checked that the result is the user's and nothing more.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from dataclasses import replace
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.noded import accesses, child, jobfiles, launch, private, scan, subreaper
+from hpccr.noded import accesses, child, jobfiles, launch, mounts, private, recorded, scan, subreaper
 from hpccr.noded.capsule import Capsule, Streams, kill, set_last_pid, wait_ended
 from hpccr.noded.control import InitRestore
 from hpccr.noded.criu import Final
@@ -35,6 +37,8 @@ class Restoration:
         self._streams = replace(streams, stderr=streams.stdout) if old.stdout == old.stderr else streams
         self._criu = capsule.criu(directory)
         self._times: private.Times = {}
+        self._links = True
+        """Whether symbolic links are followed."""
 
     async def prepare(self) -> Restored:
         """Bring the tasks back, stopped before their first instruction, and check them. The network is held."""
@@ -53,24 +57,25 @@ class Restoration:
         if image.files or image.read:
             await jobfiles.link(self._capsule, self._directory)
         self._times = await private.restore(self._capsule, image.private, self._directory)
+        named = await self._look_at_paths()
         self._criu.restore(
             # As CRIU's sibling the root is init's child from the start, but CRIU traces it, and nobody else can.
             {"rst_sibling": not reaps, "ghost_limit": min(self._request.ghost_limit, 0xFFFFFFFF)},
             self._inherit(),
             self._join_job,
         )
+        # The root waits for CRIU, alone: the other tasks are forked after this, and no path was gone yet.
+        await self._reach("setup-namespaces")
+        mounts.links(follow=False)
+        self._links = False
         if reaps:
-            # The root waits for CRIU, alone: the other tasks are forked after this.
-            await self._reach("setup-namespaces")
             await subreaper.make(image.root_pid)
-            self._criu.answer(True)
+        self._criu.answer(True)
         await self._reach("post-restore")
         tree = self._tree()
-        # Until they run, tasks still have descriptors of CRIU's own: its log and images, and /proc.
-        own = (os.readlink(f"/proc/self/fd/{self._directory}"), "/proc")
         found = accesses.collect(tree)
         handles = [access.handle for access in found if access.handle >= 0]
-        wanted = [access for access in found if not scan.below(access.path, own)]
+        wanted = [access for access in found if not self._need_not_be_opened(access, named)]
         try:
             child.call(lambda: accesses.check(wanted), identity=self._capsule.identity, keep=handles)
         finally:
@@ -79,6 +84,27 @@ class Restoration:
         self._capsule.root = image.root_pid
         self._capsule.stdio = self._streams.inodes()
         return Restored(fetch_seconds=0.0, restore_seconds=time.monotonic() - started, bytes=0, tasks=image.tasks)
+
+    async def _look_at_paths(self) -> recorded.Recorded:
+        """See recorded.py."""
+        images, reaper, identity = self._capsule.images, self._capsule.reaper, self._capsule.identity
+        named = recorded.read(images, self._directory, identity.uid)
+        sockets = named.sockets
+        moved = await child.work(reaper, lambda: recorded.real_places(sockets), identity=identity) if sockets else []
+        if moved:
+            recorded.rename_sockets(images, self._directory, dict(moved))
+            named = recorded.read(images, self._directory, identity.uid)
+        await child.work(reaper, lambda: recorded.check(named), identity=identity)
+        return named
+
+    def _need_not_be_opened(self, access: accesses.Access, named: recorded.Recorded) -> bool:
+        """Until they run, tasks still have descriptors of CRIU's own: its images and log, and directories of /proc. And
+        what /proc has of the tasks cannot be opened as the user yet: it is what the images name, as no link was
+        followed."""
+        if access.device == os.stat("/proc").st_dev and access.path.startswith("/proc"):
+            return stat.S_ISDIR(access.mode) or os.fsencode(access.path) in named.of_processes
+        own = [os.fstat(self._directory), os.stat(self._criu.log, dir_fd=self._directory, follow_symlinks=False)]
+        return any((access.device, access.inode) == (status.st_dev, status.st_ino) for status in own)
 
     def _inherit(self) -> dict[str, int]:
         """Which descriptor takes the place of which pipe of the images (criu(8), --inherit-fd)."""
@@ -96,6 +122,11 @@ class Restoration:
         if self._capsule.identity.cpus:
             os.sched_setaffinity(0, self._capsule.identity.cpus)
 
+    def _follow_links(self) -> None:
+        if not self._links:
+            mounts.links(follow=True)
+            self._links = True
+
     def _tree(self) -> scan.Tree:
         # With rst_sibling the restored root is init's child, not CRIU's.
         return scan.tree(self._request.image.root_pid, helpers=(self._criu.pid,))
@@ -105,7 +136,12 @@ class Restoration:
         self._criu.answer(True)
         await self._reach("pre-resume")
         # CRIU takes root's identity off the tasks only after post-restore: here they have their own and still stand.
-        scan.check_restored(self._tree(), self._capsule.identity)
+        tree, identity = self._tree(), self._capsule.identity
+        scan.check_restored(scan.with_threads(tree), identity)
+        pids = [task.pid for task in tree.tasks if task.state != "Z"]
+        child.call(lambda: launch.lower(pids, identity), identity=identity)
+        # CRIU goes no path any more, and the tasks want theirs.
+        self._follow_links()
         private.set_directory_times(self._capsule, self._times)
         self._criu.answer(True)
         final = await self._criu.until()
@@ -130,6 +166,7 @@ class Restoration:
         await self._criu.give_up()
         await wait_ended(ended)
         await wait_ended(kill(task.pid for task in self._tree().tasks))
+        self._follow_links()
         if self._request.image.files:
             await jobfiles.unlink(self._capsule, self._directory)
 

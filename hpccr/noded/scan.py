@@ -40,6 +40,8 @@ class Task:
     """Of the inheritable, permitted, effective and ambient sets together."""
     tracer: int = 0
     """Pid of the process that traces it (ptrace(2))."""
+    may_gain: bool = False
+    """Whether a program it executes could give it more: it lacks no_new_privs, or its bounding set is not empty."""
 
     def __str__(self) -> str:
         return f"{self.pid} ({self.name})"
@@ -53,10 +55,10 @@ class Tree:
     tasks: list[Task] = field(default_factory=list)
 
 
-def read_task(pid: int) -> Task | None:
-    """None when there is no such process (any more)."""
+def read_task(pid: int, thread: int | None = None) -> Task | None:
+    """A process, or one of its threads. None when there is no such one (any more)."""
     try:
-        with open(f"/proc/{pid}/status", errors="replace") as file:
+        with open(f"/proc/{pid}/task/{thread or pid}/status", errors="replace") as file:
             fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     except GONE:
         return None
@@ -73,6 +75,7 @@ def read_task(pid: int) -> Task | None:
         groups=tuple(int(word) for word in fields.get("Groups", "").split()),
         capabilities=capabilities,
         tracer=int(fields.get("TracerPid", "0")),
+        may_gain=fields.get("NoNewPrivs") != "1" or int(fields.get("CapBnd", "0"), 16) != 0,
     )
 
 
@@ -120,16 +123,30 @@ def check_whole(whole: Tree, uid: int) -> None:
 
 
 def check_restored(whole: Tree, identity: Identity) -> None:
-    """Every task has the user's ids and groups and no capability. Raises CorruptError naming the first that differs."""
+    """Every task has the user's ids and groups, and no capability nor a way to one. Raises CorruptError naming the
+    first that differs."""
     groups = {identity.gid, *identity.groups}
     for task in whole.tasks:
         if task.state == "Z":
             continue
-        if set(task.uids) != {identity.uid} or not {*task.gids, *task.groups} <= groups or task.capabilities:
+        ours = set(task.uids) == {identity.uid} and {*task.gids, *task.groups} <= groups
+        if not ours or task.capabilities or task.may_gain:
             raise CorruptError(
                 f"the restored process {task} would run with uids {task.uids}, gids {task.gids}, groups {task.groups}, "
-                f"capabilities {task.capabilities:#x}: not the user's"
+                f"capabilities {task.capabilities:#x}{' or more' if task.may_gain else ''}: not the user's"
             )
+
+
+def with_threads(whole: Tree) -> Tree:
+    """The same with every thread as a task of its own: ids and capabilities are a thread's."""
+    found: list[Task] = []
+    for process in whole.tasks:
+        try:
+            numbers = [int(name) for name in os.listdir(f"/proc/{process.pid}/task")]
+        except GONE:
+            continue
+        found += [thread for number in numbers if (thread := read_task(process.pid, number)) is not None]
+    return Tree(whole.root, found)
 
 
 def highest_id(whole: Tree) -> int:
@@ -170,11 +187,7 @@ def estimate(whole: Tree, private: Iterable[str], ghost_limit: int) -> int:
         kilobytes += _memory(task.pid) + _PER_TASK
         for status in _deleted_files(task.pid):
             ghosts[status.st_dev, status.st_ino] = min(status.st_blocks * 512, ghost_limit)
-    used = 0
-    for place in private:
-        system = os.statvfs(place)
-        used += (system.f_blocks - system.f_bfree) * system.f_frsize
-    return kilobytes * 1024 + sum(ghosts.values()) + used + _segments(whole.root)
+    return kilobytes * 1024 + sum(ghosts.values()) + _used(private) + _segments(whole.root)
 
 
 _PER_TASK = 128
@@ -189,6 +202,23 @@ def _memory(pid: int) -> int:
         if key in ("Pss_Anon", "Pss_Shmem", "SwapPss", "Private_Hugetlb", "Shared_Hugetlb"):
             total += int(rest.split()[0])
     return total
+
+
+def occupied(whole: Tree, private: Iterable[str]) -> int:
+    """Bytes of memory and private directories: less exact than estimate(), and so quick that it may be asked of
+    stopped tasks."""
+    kilobytes = 0
+    for task in whole.tasks:
+        for line in lines(f"/proc/{task.pid}/status"):
+            key, _, rest = line.partition(":")
+            if key in ("RssAnon", "VmSwap", "HugetlbPages"):
+                kilobytes += int(rest.split()[0])
+    return kilobytes * 1024 + _used(private)
+
+
+def _used(private: Iterable[str]) -> int:
+    systems = [os.statvfs(place) for place in private]
+    return sum((system.f_blocks - system.f_bfree) * system.f_frsize for system in systems)
 
 
 def descriptors(pid: int) -> list[str]:

@@ -19,6 +19,7 @@ from hpccr.noded.channel import Descriptors, FrameChannel
 from hpccr.noded.lease import Lease
 from hpccr.noded.node import Node
 from hpccr.noded.probe import Prober
+from hpccr.noded.said import printable
 from hpccr.wire import messages as m
 from hpccr.wire.frames import FrameError
 
@@ -92,8 +93,9 @@ class Service:
             try:
                 await self._admitted(channel, who)
             except (FrameError, UsageError) as error:
-                log.info("uid %d pid %d: %s", who.uid, who.pid, error)
-                channel.post(self._failed(error))
+                # An error of the decoder quotes what it was given, megabytes of it perhaps.
+                log.info("uid %d pid %d: %s", who.uid, who.pid, printable(error.message))
+                channel.post(m.Failed(int(error.code), printable(error.message), error.hint, self._node.name))
                 await channel.drain(1)
             finally:
                 await _close_stray(channel.stray)
@@ -163,7 +165,7 @@ class Conversation:
         self._node = node
         self._channel = channel
         self._failed = failed
-        self._lease = Lease(node, who, lambda: peer.examine(channel.socket, who), self._emit)
+        self._lease = Lease(node, who, lambda: peer.examine(channel.socket, who, node.config.node.criu), self._emit)
         self._busy: asyncio.Task[None] | None = None
         self._aborting: asyncio.Task[None] | None = None
 

@@ -164,6 +164,11 @@ class Spool(Area):
             room = min(room, self.limits.size - self._used())
         return max(0, room + (kept if evicting else 0))
 
+    def is_short(self) -> bool:
+        """Whether less is free than must stay so."""
+        status = os.statvfs(self.root)
+        return status.f_bavail * status.f_frsize < self.limits.reserve
+
     def make_room(self, count: int) -> None:
         """Remove kept images, the oldest first, until `count` bytes can be written or none is left. Blocks."""
         for image in self.kept():

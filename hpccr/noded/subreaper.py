@@ -20,7 +20,7 @@ from hpccr.noded import syscalls
 
 SUPPORTED = platform.machine() == "x86_64"
 
-_PATIENCE = 5.0
+_PATIENCE = 60.0
 """Seconds the process has to come to its wait."""
 _SYS_PRCTL, _SYS_FUTEX = 157, 202
 _PR_SET_CHILD_SUBREAPER = 36

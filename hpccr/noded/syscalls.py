@@ -21,6 +21,9 @@ MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 
+MOUNT_ATTR_NOSYMFOLLOW = 0x00200000
+RESOLVE_NO_SYMLINKS = 4
+
 CLOSE_RANGE_CLOEXEC = 4
 
 PR_CAPBSET_DROP = 24
@@ -33,10 +36,13 @@ _SYNC_ALL = 1 | 2 | 4
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
+CAP_SYS_RESOURCE = 24
 _CAPABILITY_VERSION_3 = 0x20080522
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "ppc64le": 271, "s390x": 280}
-_SYS_PIDFD_GETFD = 438  # the same on every architecture
+# The same on every architecture.
+_SYS_OPENAT2, _SYS_PIDFD_GETFD, _SYS_MOUNT_SETATTR = 437, 438, 442
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _LAST_CAP = "/proc/sys/kernel/cap_last_cap"
 
 
@@ -54,6 +60,24 @@ def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str 
 
 def umount(target: str) -> None:
     _check(_libc.umount2(target.encode(), 0), "umount", target)
+
+
+def mount_setattr(path: str, *, set: int = 0, clear: int = 0, recursive: bool = False) -> None:
+    """Change attributes (MOUNT_ATTR_) of the mount at `path`, or of it and all below."""
+    attributes = struct.pack("4Q", set, clear, 0, 0)  # struct mount_attr
+    flags = _AT_RECURSIVE if recursive else 0
+    arguments = (ctypes.c_char_p(path.encode()), flags, attributes, ctypes.c_size_t(len(attributes)))
+    _check(_libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, *arguments), "mount_setattr", path)
+
+
+def openat2(path: bytes, flags: int, *, resolve: int) -> int:
+    """open(2), told how to go the path (RESOLVE_)."""
+    how = struct.pack("3Q", flags, 0, resolve)  # struct open_how
+    return _check(
+        _libc.syscall(_SYS_OPENAT2, _AT_FDCWD, ctypes.c_char_p(path), how, ctypes.c_size_t(len(how))),
+        "openat2",
+        path.decode(errors="replace"),
+    )
 
 
 def prctl(option: int, *arguments: int) -> int:
@@ -79,6 +103,14 @@ def clear_capabilities() -> None:
     """Empty the effective, permitted and inheritable sets of the calling thread."""
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, bytes(24)), "capset")
+
+
+def has_capability(capability: int) -> bool:
+    """Whether the calling thread has it in its effective set."""
+    sets = ctypes.create_string_buffer(24)  # two of struct __user_cap_data_struct
+    _check(_libc.capget(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), sets), "capget")
+    low, _, _, high, _, _ = struct.unpack("6I", sets.raw)
+    return bool((high << 32 | low) >> capability & 1)
 
 
 def drop_bounding_set() -> None:

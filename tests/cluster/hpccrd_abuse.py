@@ -24,9 +24,11 @@ from hpccrd_client import (
     Capsule,
     capsule,
     case,
+    checkpointed,
     connected,
     create,
     echoes,
+    running,
     start,
     step_key,
 )
@@ -101,7 +103,7 @@ async def wrong_create() -> None:
         ({"capsule": 1}, ExitCode.USAGE, "no capsule 1 of 1"),
         ({"secret": "x"}, ExitCode.USAGE, "secret"),
         ({"secret": "A" * 64}, ExitCode.USAGE, "secret"),
-        ({"capsules": 65536}, ExitCode.UNSUPPORTED, "no address"),
+        ({"capsules": 65535}, ExitCode.UNSUPPORTED, "there can be 4096"),
     ):
         async with capsule() as made:
             await made.refused(msgspec.structs.replace(right, **changes), code, pattern)
@@ -329,6 +331,45 @@ async def foreign_namespaces() -> None:
     async with capsule() as made:
         failed = await made.refused(create(step_key()), ExitCode.UNSUPPORTED, "user namespace")
         assert "container" in failed.hint
+
+
+@case
+async def foreign_mounts() -> None:
+    """In a mount namespace as a set-id container runtime makes it, of root's but with the user's choice of mounts:
+    refused where root would trust what is there, and welcome with a private /tmp."""
+    if (place := os.environ.get("HPCCR_INSIDE")) is None:
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as own:
+            os.chmod(own, 0o755)
+            for target in ("/usr/local/sbin", "/etc", "/tmp"):
+                enter = f"mount --bind {own} {target} && exec setpriv --reuid 1001 --regid 1001 --clear-groups "
+                subprocess.run(
+                    ["unshare", "-m", "sh", "-c", f"{enter} {sys.executable} {sys.argv[0]} foreign-mounts"],
+                    env=os.environ | {"HPCCR_INSIDE": target},
+                    check=True,
+                )
+        return
+    async with capsule() as made:
+        if place == "/tmp":
+            assert isinstance(await made.ask(create(step_key())), m.Created)
+        else:
+            await made.refused(create(step_key()), ExitCode.UNSUPPORTED, place)
+
+
+@case
+async def dump_without_room(spool: str) -> None:
+    """Run by the case spool-fills."""
+    filler = Path(spool, "filler")
+    async with capsule() as made:
+        await running(made)
+        await made.expect(m.Prepare(sequence=1, checkpoint="0" * 32), m.Prepared)
+        await made.expect(m.Freeze(), m.Frozen)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 120 << 20)
+        await made.refused(m.Dump(), ExitCode.FAILED, "spool is full")
+        filler.unlink()
+        await echoes(made)
+        assert os.listdir(spool) == []
+        await checkpointed(made, sequence=2)
 
 
 LISTEN = (

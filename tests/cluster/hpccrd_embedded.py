@@ -113,6 +113,26 @@ async def impatient() -> None:
 
 
 @case
+async def spool_fills() -> None:
+    """A dump that finds less room than was there when it was prepared is given up, and the job goes on."""
+
+    def run(directory: str) -> None:
+        Path(directory, "toml").write_text(f"[node]\nspool_reserve = {16 << 20}\n")
+        spool = Path(directory, "spool")
+        spool.mkdir(mode=0o700)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,mode=700", "spool", spool], check=True)
+        try:
+            with hpccrd(directory, options=[f"--config={directory}/toml"]):
+                environment = os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"}
+                subprocess.run([sys.executable, sys.argv[0], "dump-without-room", spool], env=environment, check=True)
+        finally:
+            subprocess.run(["umount", spool], check=True)
+
+    with tempfile.TemporaryDirectory() as directory:
+        await asyncio.to_thread(run, directory)
+
+
+@case
 async def unit_capabilities() -> None:
     """hpccrd works with the capabilities its unit leaves it."""
     named = re.findall(r"^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.MULTILINE)

@@ -28,6 +28,7 @@ ALONE = ("basic", "identity", "abort", "probe", "garbage", "wrong-create", "out-
 ALONE += ("unread", "many-leases", "forged-tickets", "foreign-namespaces", "pair", "no-low-ports")
 STORING = ("checkpoint", "kill-at-release", "flush-outlives", "damaged")
 ROOT = ("forged-packets", "impatient", "embedded", "second", "unit-capabilities", "stopped", "orphaned")
+ROOT += ("foreign-mounts", "spool-fills")
 STATES = (
     "creating",
     "created",

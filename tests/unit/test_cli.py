@@ -19,6 +19,7 @@ from test_store import record, the_pack, write, write_manifest
 from hpccr.cli import nodecheck, output
 from hpccr.cli.main import VERBS, entry
 from hpccr.cli.nodecheck import NodeReport, compare
+from hpccr.cli.run import _agent_command
 from hpccr.coordinator.status import CheckpointStatus, StepStatus, encode_status
 from hpccr.model import FORMAT, EndpointRecord, StepKey
 from hpccr.store import elsewhere, events, publish
@@ -546,3 +547,13 @@ def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pyte
     for tree in (str(home), str(home.parent), "/", "~"):
         refused = hpccr("run", f"--files={tree}", "true")
         assert refused.code == 2 and "whole home directory" in refused.err, refused.err
+
+
+def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
+    (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")
+    step = Step(tmp_path, KEY)
+    done = subprocess.run(
+        [*_agent_command(step)({}), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "--endpoint" in done.stdout, done

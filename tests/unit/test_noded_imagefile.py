@@ -10,6 +10,7 @@ from typing import Any
 import pycriu.images
 import pytest
 
+from hpccr.errors import CorruptError
 from hpccr.noded import imagefile
 
 KIND = pycriu.images.fdinfo_pb2.file_entry
@@ -55,3 +56,30 @@ def test_what_is_changed_is_what_pycriu_reads(image: Path) -> None:
     with image.open("rb") as file:
         found = pycriu.images.load(file)["entries"]
     assert [entry["reg"].get("size") for entry in found] == [5, None] and found[1]["reg"]["mode"] == 1
+
+
+def test_what_is_no_image_is_corrupt_and_other_names_of_a_file_keep_it(image: Path) -> None:
+    directory = os.open(image.parent, os.O_RDONLY)
+    kept = image.with_name("kept")
+    kept.hardlink_to(image)
+    before = kept.read_bytes()
+
+    def edit(entry: Any) -> bool:
+        entry.reg.ClearField("size")
+        return True
+
+    try:
+        assert imagefile.path(imagefile.first(directory, image.name, KIND).reg) == "/home/one"
+        imagefile.change(directory, image.name, KIND, edit)
+        assert kept.read_bytes() == before != image.read_bytes()
+        with pytest.raises(CorruptError, match=r"lack none\.img"):
+            imagefile.first(directory, "none.img", KIND)
+        image.write_bytes(before[:-3])
+        with pytest.raises(CorruptError, match="no image"):
+            imagefile.read(directory, image.name, KIND)
+        image.write_bytes(before[:9])
+        for look in (imagefile.read, imagefile.first):
+            with pytest.raises(CorruptError, match="no image"):
+                look(directory, image.name, KIND)
+    finally:
+        os.close(directory)

@@ -55,3 +55,36 @@ def test_changed_ids_are_refused() -> None:
             peer._check_ids(who, same | {name: "1001\t0\t0\t0"})
     with pytest.raises(UnsupportedError, match="mixed or changed ids"):
         peer._check_ids(who, {"Uid": "0\t0\t0\t0", "Gid": same["Gid"]})
+
+
+OWN = """\
+22 1 0:50 / / rw - overlay overlay rw
+23 22 8:1 / /usr ro shared:1 - ext4 /dev/sda1 ro
+24 22 0:5 / /dev rw - devtmpfs dev rw
+25 22 0:60 / /tmp rw - tmpfs tmp rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "foreign"),
+    [
+        ("30 25 0:50 /jobs/7/.tmp /tmp rw - overlay overlay rw", False),
+        ("30 24 0:70 / /dev/shm rw - tmpfs tmp rw", False),
+        ("30 22 0:80 /apps /opt/apps rw - nfs4 server:/apps rw", False),
+        ("30 22 8:1 / /usr rw - ext4 /dev/sda1 ro", False),
+        ("30 23 0:50 /home/user1/bin /usr/local/sbin rw - overlay overlay rw", True),
+        ("30 22 0:50 /home/user1/usr /usr rw - overlay overlay rw", True),
+        ("30 1 0:50 /home/user1/root / rw - overlay overlay rw", True),
+        ("30 22 0:90 / /etc rw - tmpfs tmpfs rw", True),
+        ("30 22 0:50 /home/user1/dev /dev rw - overlay overlay rw", True),
+        ("30 22 0:50 /home/user1/opt /opt rw - overlay overlay rw", True),
+        ("30 22 0:50 /home/user1/criu /opt/criu/sbin rw - overlay overlay rw", True),
+        ("30 22 0:50 /home/user1/run /run rw - overlay overlay rw", True),
+    ],
+)
+def test_what_a_user_may_have_mounted_elsewhere(line: str, foreign: bool) -> None:
+    """A private /tmp, /dev/shm or more shared storage; nothing that root trusts."""
+    places = peer.trusted_places("/opt/criu/sbin/criu")
+    found = peer.foreign_mounts(OWN + line + "\n", OWN, places)
+    # /opt lies above CRIU's directory, /opt/apps beside it.
+    assert bool(found) == foreign

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -72,7 +74,14 @@ def test_a_job_that_has_ended_says_so(tasks: list[scan.Task]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"uids": (1001, 0, 1001, 1001)}, {"gids": (0,) * 4}, {"groups": (4, 0)}, {"capabilities": 1}]
+    "changes",
+    [
+        {"uids": (1001, 0, 1001, 1001)},
+        {"gids": (0,) * 4},
+        {"groups": (4, 0)},
+        {"capabilities": 1},
+        {"may_gain": True},
+    ],
 )
 def test_a_restored_task_may_only_be_the_users(changes: dict[str, object]) -> None:
     identity = Identity(uid=1001, gid=1001, groups=(4,), umask=0, rlimits=(), cpus=(), nice=0)
@@ -177,3 +186,21 @@ def test_the_estimate_counts_memory_and_deleted_files(tmp_path: Path, monkeypatc
 
 def test_the_highest_id_covers_group_and_session() -> None:
     assert scan.highest_id(own_tree()) >= max(os.getpid(), os.getpgrp(), os.getsid(0))
+
+
+def test_threads_are_looked_at_one_by_one() -> None:
+    code = "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); print('up', flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        whole = scan.Tree(process.pid, [found for found in scan.processes() if found.pid == process.pid])
+        assert len(scan.with_threads(whole).tasks) == 2
+        assert all(thread.uids == whole.tasks[0].uids for thread in scan.with_threads(whole).tasks)
+        process.kill()
+
+
+def test_memory_that_is_taken_later_is_seen() -> None:
+    whole = scan.Tree(os.getpid(), [found for found in scan.processes() if found.pid == os.getpid()])
+    before = scan.occupied(whole, [])
+    held = b"x" * (64 << 20)
+    assert scan.occupied(whole, []) - before > 60 << 20
+    del held

@@ -1,0 +1,52 @@
+"""Checkpoints that nobody goes on with."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from hpccr.config import CheckpointConfig
+from hpccr.coordinator import service
+from hpccr.noded import patience
+from hpccr.noded.lifecycle import State
+
+QUICK = CheckpointConfig(prepare_timeout=1, freeze_timeout=1, dump_timeout=1, silence_timeout=10)
+
+
+def test_a_node_waits_longer_than_its_coordinator() -> None:
+    """Else a node's own deadline would be a failure of the checkpoint, or undo what is about to go on."""
+    assert patience.SHORT > service.BARRIER_TIMEOUT
+    config = CheckpointConfig()
+    for state, phase in {
+        State.PREPARED: config.prepare_timeout + config.dump_timeout,
+        State.FROZEN: config.freeze_timeout,
+        State.DUMPED: config.dump_timeout,
+    }.items():
+        found = patience.limit(state, config)
+        assert found is not None and found > phase + service.BARRIER_TIMEOUT
+    assert patience.limit(State.RUNNING, config) is None
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_it_ends_with_the_next_request(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    monkeypatch.setattr(patience, "limit", lambda state, config: 0.0)
+
+    async def run() -> list[str]:
+        given_up: list[str] = []
+        over = asyncio.Event()
+
+        async def give_up(reason: str) -> None:
+            given_up.append(reason)
+            over.set()
+
+        waiting = patience.Patience(QUICK, give_up)
+        waiting.begin(State.PREPARED)
+        if ends:
+            waiting.end()
+            asyncio.get_running_loop().call_later(0.01, over.set)
+        async with asyncio.timeout(10):
+            await over.wait()
+        return given_up
+
+    assert asyncio.run(run()) == ([] if ends else ["the next request did not come within 0 s"])
