@@ -34,6 +34,8 @@ def fruitless(happened: Iterable[Mapping[str, Any]]) -> Counter[int]:
                 found[current] += 1
             case "restored":
                 found[current] = 0
+            case "checkpoint":
+                found.pop(int(event.get("sequence", 0)), None)  # another one of that number was removed
             case "terminate" if event.get("why") != "unknown":
                 found[current] = max(0, found[current] - 1)
                 current = -1  # Slurm may signal more than once
@@ -71,7 +73,7 @@ class Candidates:
         if await self._settled(checkpoint) is not State.COMPLETE:
             raise NoCheckpointError(
                 f"checkpoint {sequence} of {self._step.key} is not complete",
-                hint=f"`hpccr list {self._step.key.job}` shows the checkpoints there are",
+                hint=f"`hpccr status {self._step.key.job}` shows the checkpoints there are",
             )
         return await asyncio.to_thread(checkpoint.manifest)
 
@@ -99,7 +101,7 @@ class Candidates:
         if damaged:
             raise CorruptError(
                 f"no checkpoint of {self._step.key} can be restored: {'; '.join(damaged)}",
-                hint=self._afresh or f"`hpccr verify {self._step.key.job}` tells what is wrong with each",
+                hint=self._afresh or f"`hpccr verify {self._step.key.job} SEQ` tells what is wrong with one",
             )
         return None
 

@@ -35,6 +35,7 @@ LOST = {"event": "lost"}
         ([boot(3), REQUEUED, REQUEUED, boot(3), REQUEUED, boot(3), REQUEUED], {}),
         ([boot(3), LOST, REQUEUED], {}),
         ([boot(3), SIGNALLED], {3: 1}),
+        ([boot(3), boot(3), {"event": "checkpoint", "sequence": 3}], {}),
         ([boot(3)] * MAX_BOOTS, {3: MAX_BOOTS}),
     ],
 )
