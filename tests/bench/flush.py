@@ -186,7 +186,7 @@ def fetch(spool: Path, store: Path, sequence: int, level: int) -> None:
         user=the_user(),
         key=bytes(32),
         directory=str(capsule(store, sequence)),
-        room=1 << 50,
+        claimed=0,
         limits=Limits(str(spool.parent)),
         step=StepKey(cluster="bench", job="1", step="0"),
         checkpoint=f"{sequence:032x}",
@@ -218,7 +218,7 @@ def user() -> pwd.struct_passwd:
 def the_user() -> Any:
     from hpccr.noded.storeworker import User
 
-    return User(uid=user().pw_uid, gid=user().pw_gid, groups=(), home=user().pw_dir)
+    return User(uid=user().pw_uid, gid=user().pw_gid, groups=())
 
 
 def capsule(store: Path, sequence: int) -> Path:

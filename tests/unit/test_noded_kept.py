@@ -75,8 +75,8 @@ def fetch(spool: Spool, script: Callable[[Peer], None], directory: str = "/s", *
         user=USER,
         key=KEY.secret,
         directory=directory,
-        room=1 << 40,
         limits=spool.limits,
+        claimed=0,
         step=wanted.key,
         checkpoint=wanted.checkpoint,
         sequence=wanted.sequence,
@@ -148,6 +148,13 @@ def test_only_the_newest_of_a_capsule_stays(spool: Spool) -> None:
     assert len(flush(spool, sequence=5)) == 2
     assert name not in [image.name for image in spool.kept()]
     assert set(other) < {image.name for image in spool.kept()}
+
+
+def test_a_flush_that_ends_late_takes_no_newer_image_away(spool: Spool) -> None:
+    """The last one before a requeue does not wait for the one before it, and is in more of a hurry."""
+    newer = flush(spool, sequence=10)
+    assert flush(spool, sequence=9) == newer
+    assert os.listdir(spool.root) == newer
 
 
 def test_limits(tmp_path: Path) -> None:
