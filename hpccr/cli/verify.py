@@ -9,6 +9,7 @@ from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint
 from hpccr.cli.output import ProgressLine, print_json, size
 from hpccr.config import Config
 from hpccr.errors import ExitCode
+from hpccr.store import damage
 from hpccr.store.verify import verify
 
 
@@ -16,8 +17,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="whether a checkpoint is whole and undamaged",
-        description="Read all of a checkpoint (default: the newest complete one), compare sizes and digests. Whether "
-        "it was sealed by this site is checked by hpccrd, at every restore.",
+        description="Read all of a checkpoint (default: the newest complete one), compare sizes and digests. One that "
+        "is damaged is marked, and neither restored nor referred to any more; one that is whole after all loses the "
+        "mark. Whether it was sealed by this site is checked by hpccrd, at every restore.",
     )
     add_job_arguments(parser, sequence=True)
     add_json_argument(parser)
@@ -36,6 +38,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
             line.show(f"{size(read)} read")
 
         findings = verify(checkpoint, read=count)
+    damaged = [finding for finding in findings if finding.damage]
+    if damaged:
+        damage.mark(checkpoint.path, f"{damaged[0].path}: {damaged[0].problem}")
+    elif not findings:
+        damage.unmark(checkpoint.path)
     if args.json:
         print_json(
             {"sequence": checkpoint.sequence, "path": str(checkpoint.path), "ok": not findings, "findings": findings}
