@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 import uuid
@@ -219,7 +220,9 @@ class Boot:
         match phase:
             case Phase.CREATING | Phase.CONNECTING | Phase.STARTING:
                 return limits.create_timeout
-            case Phase.FETCHING | Phase.ROLLING_BACK | Phase.RESTORING:
+            case Phase.FETCHING:
+                return math.inf  # hpccrd gives one up that makes no progress, and a node that is gone is silent
+            case Phase.ROLLING_BACK | Phase.RESTORING:
                 return limits.restore_timeout
             case Phase.ASKING:
                 return limits.prepare_timeout

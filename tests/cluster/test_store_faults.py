@@ -17,7 +17,7 @@ from pathlib import Path
 from jobs import Job, Jobs
 from nodes import USERS, Cluster
 from opens import Opens
-from test_store import FLUSH, complete
+from test_store import FLUSH, complete, stopped
 from waiting import rounds, wait_for
 from workloads import Workloads
 
@@ -81,6 +81,39 @@ def test_storage_that_hangs_and_storage_that_is_gone(jobs: Jobs, cluster: Cluste
         job.checkpoint()
         verified(job)
         job.requeue()
+        ends_well(job, workloads)
+
+
+def test_storage_that_is_gone_on_one_node(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """Before the flush, where the user may write below, or in its middle: the checkpoint fails and says why, nothing is
+    written beside the store, and when it is back all is as before."""
+    with cluster.small_share("part", "400m", "user1", disk=True) as store:
+        job = start(jobs, workloads, store)
+        job.checkpoint()
+        node = job.slurm().nodes[1]
+
+        def fails(asked: subprocess.Popen[str]) -> None:
+            output, errors = asked.communicate(timeout=60)
+            assert asked.returncode == 1 and "hint: " in errors and "mounted" in errors, output + errors
+            goes_on(job)
+            assert complete(job) == [1]
+
+        def ask() -> subprocess.Popen[str]:
+            return cluster.popen("ctl", "hpccr", "checkpoint", "--wait", "--dir", store, str(job.id), user="user1")
+
+        with cluster.unmounted(store, node):
+            cluster.check(node, "chmod", "1777", store)
+            fails(ask())
+            assert cluster.check(node, "ls", "-A", store) == ""
+        asked = ask()
+        pids = wait_for("a flush", lambda: cluster.pids(node, FLUSH), every=0.005)
+        with stopped(pids), cluster.unmounted(store, node):
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            fails(asked)
+            assert cluster.check(node, "ls", "-A", store) == ""
+        job.checkpoint()
+        verified(job)
         ends_well(job, workloads)
 
 
