@@ -114,16 +114,16 @@ class Images:
         if released is not None:
             await asyncio.to_thread(released.directory.remove)
 
-    def flush(self, request: m.Flush, create: m.Create, identity: Identity, *, nice: int) -> None:
+    def flush(self, request: m.Flush, create: m.Create, identity: Identity, *, nice: int, last: bool) -> None:
         """Begin to copy what was released to the store. Raises HpccrError.
 
-        One at a time, but for the last one of a job that has ended (nice 0), which does not wait for the one before;
-        another one fails at once, and may be tried again.
+        One at a time, but for the last one of a job that has ended, which does not wait for the one before; another one
+        fails at once, and may be tried again.
         """
         released, node = self._released, self._node
         if released is None or released.image is None:
             raise UsageError("there is no released checkpoint to flush")
-        if len(self._flushes) > (nice == 0):
+        if len(self._flushes) > last:
             self._emit(m.FlushFailed(released.sequence, "the checkpoint before is still being copied to the store"))
             return
         job = FlushJob(

@@ -145,7 +145,11 @@ def make_one_directory(path: Path) -> None:
         if not path.is_dir() or path.is_symlink():
             raise HpccrError(f"{path} exists but is not a directory", hint="move it out of the way") from None
         return
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if path.parent.is_dir():
+            raise
+        if path.parent.exists():
+            raise HpccrError(f"{path.parent} exists but is not a directory", hint="move it out of the way") from None
         raise HpccrError(
             f"there is no {path.parent} on {os.uname().nodename}",
             hint="is the store's file system mounted on this node?",

@@ -258,6 +258,7 @@ def run(work: Path, options: argparse.Namespace) -> None:
     peaks: list[int] = []
     store = made(work / "store")
     for sequence in range(1, options.checkpoints + 1):
+        made(capsule(store, sequence).parent)
         _, peak = alone("flush", copied(source, work / "spool"), store, sequence, options.level)
         peaks.append(peak >> 10)
         new = sum(path.stat().st_size for path in capsule(store, sequence).iterdir() if path.stat().st_nlink == 1)
@@ -275,6 +276,7 @@ def speed(work: Path, source: Path, options: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {"zstd": [], "b3sum": [], "flush": [], "copy": [], "fetch": []}
     for number in range(options.rounds):
         store, back, copy = made(work / f"store-{number}"), work / "back", work / "copy"
+        made(capsule(store, 1).parent)
         times["zstd"].append(seconds(zstd, source, work / "z", options.level))
         times["flush"].append(alone("flush", copied(source, work / "spool"), store, 1, options.level)[0])
         times["b3sum"].append(seconds(hashed, source))
