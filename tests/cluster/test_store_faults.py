@@ -17,7 +17,7 @@ from pathlib import Path
 from jobs import Job, Jobs
 from nodes import USERS, Cluster
 from opens import Opens
-from test_store import FLUSH, complete, stopped
+from test_store import FLUSH, complete
 from waiting import rounds, wait_for
 from workloads import Workloads
 
@@ -88,7 +88,7 @@ def test_storage_that_is_gone_on_one_node(jobs: Jobs, cluster: Cluster, workload
     """Before the flush, where the user may write below, or in its middle: the checkpoint fails and says why, nothing is
     written beside the store, and when it is back all is as before."""
     with cluster.small_share("part", "400m", "user1", disk=True) as store:
-        job = start(jobs, workloads, store)
+        job = start(jobs, workloads, store, hold=24)
         job.checkpoint()
         node = job.slurm().nodes[1]
 
@@ -106,8 +106,12 @@ def test_storage_that_is_gone_on_one_node(jobs: Jobs, cluster: Cluster, workload
             fails(ask())
             assert cluster.check(node, "ls", "-A", store) == ""
         asked = ask()
-        pids = wait_for("a flush", lambda: cluster.pids(node, FLUSH), every=0.005)
-        with stopped(pids), cluster.unmounted(store, node):
+        capsule = job.step() / "ckpt-000003" / "capsule-1"
+        wait_for("a pack", lambda: any(".pack" in path.name for path in capsule.glob(".tmp-*")), every=0.005)
+        pids = cluster.pids(node, FLUSH)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        with cluster.unmounted(store, node):
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
             fails(asked)
