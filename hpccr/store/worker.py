@@ -360,10 +360,14 @@ def fetch(link: Link) -> int:
         raise NoCheckpointError(
             f"there is no {FRAGMENT_NAME} in {directory}", hint="`hpccr status JOB` shows the checkpoints there are"
         ) from None
-    found = index.read_index(directory)
-    # Root looks at the seal only, which is wrong as well where another site made it.
-    check_fragment(directory / FRAGMENT_NAME, text, found)
     link.send(FetchFragment(fragment=text))
+    found = index.read_index(directory)
+    try:
+        check_fragment(directory / FRAGMENT_NAME, text, found)
+    except CorruptError as error:
+        # Root looks at the seal, and cannot tell this from one that another site made.
+        damage.mark(directory.parent, error.message)
+        raise
     lanes: list[threading.Thread] = []
     with Reader(directory, found) as reader:
         try:
