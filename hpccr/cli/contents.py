@@ -131,7 +131,8 @@ class _Images:
                     users.setdefault(entry.id, set()).add(node.pid)
                     counts[0] += file.HasField("reg")
                     counts[1] += file.HasField("isk") or file.HasField("usk")
-            pages_id, runs = pages(self._all(f"pagemap-{node.pid}.img"))
+            pages_id, found = pages(self._all(f"pagemap-{node.pid}.img"))
+            runs = list(found)
             environment = self._memory(pages_id, runs, memory.mm_env_start, memory.mm_env_end).split(b"\0")
             arguments = self._memory(pages_id, runs, memory.mm_arg_start, memory.mm_arg_end).split(b"\0")
             processes.append(

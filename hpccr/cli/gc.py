@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         "gc",
         help="remove checkpoints that are not needed any more",
         description="Remove, for each step of a job or of all jobs, all complete checkpoints but the newest ones, and "
-        "what older failed ones have left. The newest complete checkpoint always stays.",
+        "what failed or damaged ones have left, but for the last. The newest complete checkpoint always stays.",
     )
     parser.add_argument("job", metavar="JOB", nargs="?", help="job id (default: all jobs in the store)")
     parser.add_argument(

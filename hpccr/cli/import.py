@@ -41,6 +41,6 @@ def run(args: argparse.Namespace, config: Config) -> int:
             with open(args.file, "rb") as file:
                 checkpoint = archive.read(file, store, read=count)
     key = checkpoint.step.key
-    print(f"checkpoint {checkpoint.sequence} of {key} is in {store.root}")
+    print(f"checkpoint {checkpoint.sequence} of {key} is in {store.root}; its seal is checked when it is restored")
     print(f"`hpccr restore {key.job_directory} --step {key.step}` goes on with it")
     return 0

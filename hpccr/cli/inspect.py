@@ -12,6 +12,7 @@ from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint
 from hpccr.cli.output import duration, print_json, print_table, size
 from hpccr.config import Config
 from hpccr.errors import CorruptError, HpccrError
+from hpccr.model import Fragment, SavedFiles
 from hpccr.store.index import Usage, read_index
 from hpccr.store.layout import Checkpoint
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     summary = summarise(checkpoint)
     usage = {fragment.capsule: _usage(checkpoint, fragment.capsule) for fragment in fragments}
     inside, problem = _inside(checkpoint, [fragment.capsule for fragment in fragments])
-    files = {fragment.capsule: saved.read(checkpoint, fragment) for fragment in fragments}
+    files, unread = _saved(checkpoint, fragments)
     if args.json:
         stored = [{"capsule": k, "own": found.own, "shared": found.shared} for k, found in usage.items() if found]
         print_json(
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
                 "stored": stored,
                 "contents": inside,
                 "problem": problem,
-                "files": saved.listed(files),
+                "files": None if unread else saved.listed(files),
                 "trees": saved.trees(files),
             }
         )
@@ -95,8 +96,19 @@ def run(args: argparse.Namespace, config: Config) -> int:
         _print_inside(inside, verbose=args.verbose)
     elif problem:
         print(f"\n{problem}")
-    saved.show(files, everything=bool(args.verbose))
+    if unread:
+        print(f"\n{unread}")
+    else:
+        saved.show(files, everything=bool(args.verbose))
     return 0
+
+
+def _saved(checkpoint: Checkpoint, fragments: list[Fragment]) -> tuple[dict[int, SavedFiles], str]:
+    """What was saved of the job's files, and why not if that cannot be told."""
+    try:
+        return {fragment.capsule: saved.read(checkpoint, fragment) for fragment in fragments}, ""
+    except (CorruptError, OSError) as error:
+        return {}, f"what was saved of the job's files cannot be read: {error}"
 
 
 def _inside(checkpoint: Checkpoint, capsules: list[int]) -> tuple[list[Contents], str]:

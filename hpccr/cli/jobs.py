@@ -128,7 +128,9 @@ def find_checkpoint(step: Step, sequence: int | None) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint in a line. created, freeze_seconds, reason, capsules: None while its manifest is not there."""
+    """A checkpoint in a line. created, freeze_seconds, reason, capsules: None while its manifest is not there.
+
+    done, total: bytes of the flushes under way."""
 
     sequence: int
     state: State
@@ -140,6 +142,8 @@ class Summary:
     missing: tuple[int, ...]
     problem: str
     path: str
+    done: int
+    total: int
 
 
 def summarise(checkpoint: Checkpoint) -> Summary:
@@ -164,6 +168,8 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         missing=state.missing,
         problem=state.problem,
         path=str(checkpoint.path),
+        done=state.done,
+        total=state.total,
     )
 
 

@@ -39,14 +39,16 @@ def run(args: argparse.Namespace, config: Config) -> int:
     step = find_job(args, config).step(args.step)
     record = step.record()
     if record is None:
-        raise UsageError(f"job {args.job} has no step {args.step}", hint="`hpccr list` shows the steps")
+        raise UsageError(f"job {args.job} has no step {args.step}", hint="`hpccr list --all` shows the steps")
     if step.endpoint() is not None:
         raise LockedError(
             f"step {step.key} is running, or its coordinator was killed",
             hint=f"if it does not run any more, remove {step.endpoint_path}",
         )
     if args.sequence is None and asyncio.run(Candidates(step, log.info).newest()) is None:
-        raise NoCheckpointError(f"step {step.key} has no complete checkpoint", hint="`hpccr list` shows what there is")
+        raise NoCheckpointError(
+            f"step {step.key} has no complete checkpoint", hint=f"`hpccr status {args.job}` shows what there is"
+        )
     if record.trees:
         # Not config's: what belongs to the job's state was said when it was started.
         config = structs.replace(config, files=structs.replace(config.files, trees=record.trees))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint, find_step
 from hpccr.cli.output import ProgressLine, print_json, size
 from hpccr.config import Config
 from hpccr.errors import ExitCode
-from hpccr.store.verify import verify
+from hpccr.store import damage
+from hpccr.store.layout import Checkpoint
+from hpccr.store.verify import Finding, verify
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="whether a checkpoint is whole and undamaged",
-        description="Read all of a checkpoint (default: the newest complete one), compare sizes and digests. Whether "
-        "it was sealed by this site is checked by hpccrd, at every restore.",
+        description="Read all of a checkpoint (default: the newest complete one), compare sizes and digests. One that "
+        "is damaged is marked, and neither restored nor referred to any more; one that is whole after all loses the "
+        "mark. Whether it was sealed by this site is checked by hpccrd, at every restore.",
     )
     add_job_arguments(parser, sequence=True)
     add_json_argument(parser)
@@ -36,6 +40,10 @@ def run(args: argparse.Namespace, config: Config) -> int:
             line.show(f"{size(read)} read")
 
         findings = verify(checkpoint, read=count)
+    try:
+        _note(checkpoint, findings)
+    except OSError as error:
+        print(f"hpccr: the checkpoint could not be marked: {error}", file=sys.stderr)
     if args.json:
         print_json(
             {"sequence": checkpoint.sequence, "path": str(checkpoint.path), "ok": not findings, "findings": findings}
@@ -47,3 +55,12 @@ def run(args: argparse.Namespace, config: Config) -> int:
     else:
         print(f"checkpoint {checkpoint.sequence} of {checkpoint.step.key} is whole: {size(read)} read")
     return int(ExitCode.CORRUPT) if findings else 0
+
+
+def _note(checkpoint: Checkpoint, findings: list[Finding]) -> None:
+    """Mark what is damaged as such; what is whole is not. Raises OSError."""
+    damaged = [finding for finding in findings if finding.damage]
+    if damaged:
+        damage.mark(checkpoint.path, f"{damaged[0].path}: {damaged[0].problem}")
+    elif not findings:
+        damage.unmark(checkpoint.path)

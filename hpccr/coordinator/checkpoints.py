@@ -189,6 +189,7 @@ class Checkpoints:
             if kill and not boot.outcome.done():
                 failure = m.Failed(error.code, f"the final checkpoint was lost: {error.message}", error.hint)
                 boot.outcome.set_result(plan.StepLost(failure))
+            await self._collect()  # what failed ones have left may be what the store has no room for
             return
         self._safe_at = asked
         self.costs = self.costs.with_whole(time.monotonic() - asked)
@@ -196,6 +197,10 @@ class Checkpoints:
             await asyncio.to_thread(self._site.show, _shown(snapshot))
         except HpccrError as error:
             log.warning("cannot show the checkpoint in the job's comment: %s", error.message)
+        await self._collect()
+
+    async def _collect(self) -> None:
+        """Remove what is not needed any more."""
         try:
             await asyncio.to_thread(collect, self._step, keep=self._keep)
         except (OSError, HpccrError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hpccr.config import Config
 from hpccr.coordinator.plan import Phase
 
@@ -23,7 +25,9 @@ def timeout(phase: Phase, config: Config, patience: float) -> float:
     match phase:
         case Phase.CREATING | Phase.CONNECTING | Phase.STARTING:
             return limits.create_timeout
-        case Phase.FETCHING | Phase.ROLLING_BACK | Phase.RESTORING:
+        case Phase.FETCHING:
+            return math.inf  # hpccrd gives one up that makes no progress, and a node that is gone is silent
+        case Phase.ROLLING_BACK | Phase.RESTORING:
             return limits.restore_timeout
         case Phase.ASKING:
             return limits.prepare_timeout

@@ -61,6 +61,8 @@ def past(happened: Iterable[Mapping[str, Any]]) -> Past:
                 found.astray = 0
             case "started":
                 found.astray = 0
+            case "checkpoint":
+                found.fruitless.pop(int(event.get("sequence", 0)), None)  # another one of that number was removed
             case "terminate" if event.get("why") != "unknown" and booting is not None:
                 if restoring is not None:
                     found.fruitless[restoring] = max(0, found.fruitless[restoring] - 1)

@@ -36,7 +36,8 @@ DESCRIPTORS = 16384
 """Descriptors wanted: some ten per capsule, a few per connection."""
 
 EXPIRE = 60.0
-"""Seconds between two looks for images that were kept long enough."""
+"""Seconds between two looks for images that were kept long enough, and for what a transfer left that outlived the
+hpccrd which started it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,12 +171,21 @@ async def serve(config: Config, key: seal.SiteKey, parent: int | None) -> None:
     log.info("hpccrd has ended")
 
 
+def tidy(spool: Spool, keep: float) -> list[str]:
+    """Remove images that were kept for longer than `keep` seconds, and what no process owns; what it was. Blocks."""
+    removed = [f"{name}: it was kept for node.spool_keep" for name in spool.expire(keep)]
+    for directory in spool.leftovers():
+        removed.append(f"{directory.path}: its transfer has ended without success")
+        directory.remove()
+    return removed
+
+
 async def _expire(node: Node) -> None:
-    """Remove images that were kept long enough; forever."""
+    """Remove images that were kept long enough and what nobody owns any more; forever."""
     while True:
         try:
-            for name in await asyncio.to_thread(node.spool.expire, node.config.node.spool_keep):
-                log.info("removed %s: it was kept for node.spool_keep", name)
+            for removed in await asyncio.to_thread(tidy, node.spool, node.config.node.spool_keep):
+                log.info("removed %s", removed)
         except OSError as error:
             log.warning("the spool cannot be looked through: %s", error)
         await asyncio.sleep(EXPIRE)

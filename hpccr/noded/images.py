@@ -47,6 +47,7 @@ class Images:
         self._fetched: Directory | None = None
         self._copy: Directory | None = None
         self._released: Dumping | None = None
+        self._flushes: set[asyncio.Task[None]] = set()
         self._ended = False
         self._over = False
 
@@ -61,8 +62,8 @@ class Images:
             user=transferring.user(identity),
             key=node.key.secret,
             directory=directory,
-            room=await asyncio.to_thread(node.room, self._name),
             limits=node.spool.limits,
+            claimed=node.claimed(self._name),
             step=create.key,
             checkpoint=request.checkpoint,
             sequence=request.sequence,
@@ -70,12 +71,21 @@ class Images:
             capsules=create.capsules,
         )
         transfer = transferring.Transfer(f"fetch {self._name}", fetched, copy)
+        loop = asyncio.get_running_loop()
+        most = 0
         try:
-            async with asyncio.timeout(limit):
-                finished = await transfer.run(job, lambda moved: None)
+            async with asyncio.timeout(limit) as patience:
+
+                def moved(event: Moved) -> None:
+                    nonlocal most
+                    if event.done > most:
+                        most = event.done
+                        patience.reschedule(loop.time() + limit)
+
+                finished = await transfer.run(job, moved)
         except TimeoutError:
             raise HpccrError(
-                f"fetching the checkpoint took longer than {limit:.0f} s",
+                f"fetching the checkpoint made no progress for {limit:.0f} s",
                 hint="is the store's file system slow? checkpoint.restore_timeout is the limit",
             ) from None
         if finished.image is None:
@@ -105,11 +115,18 @@ class Images:
         if released is not None:
             await asyncio.to_thread(released.directory.remove)
 
-    def flush(self, request: m.Flush, create: m.Create, identity: Identity, *, nice: int) -> None:
-        """Begin to copy what was released to the store. Raises HpccrError."""
+    def flush(self, request: m.Flush, create: m.Create, identity: Identity, *, nice: int, last: bool) -> None:
+        """Begin to copy what was released to the store. Raises HpccrError.
+
+        One at a time, but for the last one of a job that has ended, which does not wait for the one before; another one
+        fails at once, and may be tried again.
+        """
         released, node = self._released, self._node
         if released is None or released.image is None:
             raise UsageError("there is no released checkpoint to flush")
+        if len(self._flushes) > last:
+            self._emit(m.FlushFailed(released.sequence, "the checkpoint before is still being copied to the store"))
+            return
         job = FlushJob(
             user=transferring.user(identity),
             key=node.key.secret,
@@ -134,14 +151,14 @@ class Images:
                 files=(),
             ),
         )
-        transfer = transferring.Transfer(f"flush {self._name}-{released.sequence}", released.directory)
         self._released = None
         # The node's task, not the lease's: it goes on when the lease ends.
-        task = asyncio.create_task(self._flush(transfer, job, released))
-        node.flushes.add(task)
-        task.add_done_callback(node.flushes.discard)
+        task = asyncio.create_task(self._flush(job, released))
+        for flushes in (node.flushes, self._flushes):
+            flushes.add(task)
+            task.add_done_callback(flushes.discard)
 
-    async def _flush(self, transfer: transferring.Transfer, job: FlushJob, released: Dumping) -> None:
+    async def _flush(self, job: FlushJob, released: Dumping) -> None:
         sequence = released.sequence
 
         def moved(event: Moved) -> None:
@@ -149,7 +166,9 @@ class Images:
                 log.debug("capsule %s: nobody reads how the flush goes", self._name)
 
         try:
-            finished = await transfer.run(job, moved)
+            async with self._node.turn(job.user.uid):
+                transfer = transferring.Transfer(f"flush {self._name}-{sequence}", released.directory)
+                finished = await transfer.run(job, moved)
         except Exception as error:
             log.warning("capsule %s: flush of checkpoint %d failed: %s", self._name, sequence, printable(str(error)))
             if self._released is None and not self._ended:

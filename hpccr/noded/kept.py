@@ -46,16 +46,19 @@ def name(key: StepKey, uid: int, capsule: int, sequence: int) -> str:
 def keep(spool: Spool, path: str, fd: int, fragment: Fragment, record: Record) -> bool:
     """Keep the images in the directory `path` (descriptor `fd`, locked), in place of older ones of the capsule.
 
-    False if they are larger than what may be kept. Raises OSError; the directory is then the caller's to remove.
+    False if they are larger than what may be kept, or newer ones are there: the last flush before a requeue is quicker
+    than the one before it. Raises OSError; the directory is then the caller's to remove.
     """
-    if fragment.bytes > spool.limit_kept():
+    prefix = label(fragment.key, fragment.uid, fragment.capsule)
+    own = name(fragment.key, fragment.uid, fragment.capsule, fragment.sequence)
+    newer = any(image.name.startswith(prefix) and image.name > own for image in spool.kept())
+    if newer or fragment.bytes > spool.limit_kept():
         return False
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with os.fdopen(os.open(RECORD, flags, 0o600, dir_fd=fd), "wb") as file:
         file.write(msgspec.json.encode(record))
-    own = name(fragment.key, fragment.uid, fragment.capsule, fragment.sequence)
     os.rename(path, os.path.join(spool.root, own))
-    spool.drop(label(fragment.key, fragment.uid, fragment.capsule), but=own)
+    spool.drop(prefix, before=own)
     spool.evict()
     return True
 

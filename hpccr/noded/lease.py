@@ -424,8 +424,9 @@ class Lease:
 
     def _do_flush(self, request: m.Flush) -> m.FlushStarted:
         # After a release that kills nobody's job waits for the processor, but the requeue waits for the flush.
-        nice = 0 if self.state is State.ENDED else self._node.config.node.flush_nice
-        self._images.flush(request, present(self._create), present(self._identity), nice=nice)
+        last = self.state is State.ENDED
+        nice = 0 if last else self._node.config.node.flush_nice
+        self._images.flush(request, present(self._create), present(self._identity), nice=nice, last=last)
         return m.FlushStarted()
 
     # --- life and death -----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from hpccr.noded.spool import Area, Spool
 
 log = logging.getLogger(__name__)
 
+MAX_FLUSHES = 8
+"""Flushes of one user at a time; others of his wait. They run outside of his jobs' limits."""
 MAX_HOSTS = 64 << 10
 """Bytes of the node's /etc/hosts that a capsule's has."""
 
@@ -37,16 +39,24 @@ class Node:
     vnis: set[int] = field(default_factory=set)
     claims: dict[str, int] = field(default_factory=dict)
     """Bytes of the spool that dumps under way may still take, by lease name."""
+    _turns: dict[int, asyncio.Semaphore] = field(default_factory=dict)
 
     @property
     def keeps(self) -> bool:
         """Whether durable images stay in the spool."""
         return self.config.node.spool_keep > 0
 
+    def claimed(self, name: str) -> int:
+        """Bytes of the spool that are promised to other leases than `name`."""
+        return sum(size for other, size in self.claims.items() if other != name)
+
     def room(self, name: str) -> int:
         """Bytes of the spool that lease `name` may write, if kept images go."""
-        claimed = sum(size for other, size in self.claims.items() if other != name)
-        return max(0, self.spool.room() - claimed)
+        return max(0, self.spool.room() - self.claimed(name))
+
+    def turn(self, uid: int) -> asyncio.Semaphore:
+        """What a user's flush holds while its processes run."""
+        return self._turns.setdefault(uid, asyncio.Semaphore(MAX_FLUSHES))
 
     def claim(self, name: str, size: int) -> None:
         """Let kept images go, the oldest first, as far as lease `name` may need their room for its dump. Blocks."""

@@ -61,7 +61,7 @@ class SiteKey:
         if not hmac.compare_digest(self._mac(_FRAGMENT, sealed.body.encode()), sealed.seal):
             raise CorruptError(
                 f"the seal of {where} is wrong: it was changed, or was made at a site with another key",
-                hint="`hpccr verify` names the checkpoints that are intact; nodes of one site must share one key file",
+                hint="`hpccr verify` tells whether it was changed; nodes of one site must share one key file",
             )
         try:
             return msgspec.json.decode(sealed.body, type=Fragment)

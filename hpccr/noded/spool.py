@@ -16,6 +16,8 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -176,6 +178,16 @@ class Spool(Area):
                 return
             self._remove(image.name)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one fetch at a time, of all processes. Blocks."""
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
     def limit_kept(self) -> int:
         """Bytes that kept images may take."""
         status = os.statvfs(self.root)
@@ -195,10 +207,11 @@ class Spool(Area):
         now = time.time() if now is None else now
         return [image.name for image in self.kept() if now - image.since > seconds and self._remove(image.name)]
 
-    def drop(self, prefix: str, *, but: str = "") -> None:
-        """Remove the kept images whose names begin so, but for one. Those that are being read stay. Blocks."""
+    def drop(self, prefix: str, *, before: str = "") -> None:
+        """Remove the kept images whose names begin so, and if `before` is given come before it. Those that are being
+        read stay. Blocks."""
         for image in self.kept():
-            if image.name.startswith(prefix) and image.name != but:
+            if image.name.startswith(prefix) and (not before or image.name < before):
                 self._remove(image.name)
 
     def kept(self) -> list[KeptImage]:

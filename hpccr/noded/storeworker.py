@@ -3,12 +3,10 @@ the store, with the user's ids and no privileges. It is taken for hostile here."
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
+import math
 import os
-import resource
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -16,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
 
@@ -26,6 +25,11 @@ WORKER = 3
 MAX_FRAME = 4 << 20
 STALL = 600.0
 """Seconds without any progress of the worker after which a transfer is given up (a file system that hangs)."""
+SLOWEST = 1 << 20
+"""Bytes a second that a transfer must reach in the end: whoever only seems to work does not do so for ever."""
+KILLED = 5.0
+"""Seconds for a worker that was killed to end; one that waits for a file system may take for ever."""
+MAX_TEXT = 16 << 10
 BUFFER = 4 << 20
 """Bytes of the socket to the worker, each way."""
 MAX_STDERR = 64 << 10
@@ -48,7 +52,6 @@ class User(msgspec.Struct, frozen=True):
     uid: int
     gid: int
     groups: tuple[int, ...]
-    home: str
 
 
 class Data(msgspec.Struct, frozen=True, tag_field="t", tag="data"):
@@ -76,8 +79,8 @@ class FragmentText(msgspec.Struct, frozen=True, tag_field="t", tag="fragment"):
 
 
 class WorkerError(msgspec.Struct, frozen=True, tag_field="t", tag="error"):
-    message: str
-    hint: str
+    message: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+    hint: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
     code: int
 
 
@@ -93,8 +96,14 @@ class Link:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._stall = stall
+        self.ends = math.inf
+        """Until when (time.monotonic()) all must be over; see allow()."""
         self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
         self._encoder = msgspec.msgpack.Encoder()
+
+    def allow(self, count: int) -> None:
+        """From now on there is time for that many bytes, however slow."""
+        self.ends = time.monotonic() + 2 * self._stall + count / SLOWEST
 
     def send(self, *, descriptor: int | None = None, **message: object) -> None:
         """Raises what the worker complained of, or HpccrError if it is gone or stalls. Whoever uses ready() and
@@ -119,6 +128,8 @@ class Link:
     def receive(self) -> Ok | Taken | FragmentText | Data | End:
         """The next message. Raises as send()."""
         try:
+            if time.monotonic() > self.ends:
+                raise TimeoutError
             (length,) = _HEADER.unpack(self._exactly(_HEADER.size))
             if length > MAX_FRAME:
                 raise self._lost(f"it sent a frame of {length} bytes")
@@ -160,7 +171,9 @@ class Link:
 
     def _stalled(self) -> HpccrError:
         return HpccrError(
-            f"the store made no progress for {self._stall:.0f} s",
+            f"the store made no progress for {self._stall:.0f} s"
+            if time.monotonic() <= self.ends
+            else f"the store took less than {SLOWEST >> 20} MiB a second",
             hint="is its file system mounted and answering on this node?",
         )
 
@@ -208,22 +221,19 @@ class Worker(Link):
         theirs.close()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "hpccr.store.worker", mode],
+                # It takes the ids itself: so it is not dumpable, and nobody of the user's can trace it.
+                [sys.executable, "-I", "-m", "hpccr.store.worker", mode, *map(str, (user.uid, user.gid, *user.groups))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[WORKER],
                 cwd="/",
-                env=ENVIRONMENT | {"HOME": user.home},
+                env=ENVIRONMENT,
                 umask=0o077,
-                user=user.uid,
-                group=user.gid,
-                extra_groups=list(user.groups),
-                preexec_fn=drop_privileges,
             )
-        except (OSError, subprocess.SubprocessError) as error:
+        except OSError as error:
             ours.close()
-            raise HpccrError(f"cannot start the store worker as user {user.uid}: {error}") from None
+            raise HpccrError(f"cannot start the store worker: {error}") from None
         finally:
             os.close(WORKER)
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
@@ -240,12 +250,13 @@ class Worker(Link):
             except BaseException:
                 ours.close()
                 raise
-        return Lane(ours, self._stall, self._lost)
+        lane = Lane(ours, self._stall, self._lost)
+        lane.ends = self.ends
+        return lane
 
     def _lost(self, reason: str) -> HpccrError:
         # Whatever it does now, it is not listened to any more.
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         self._reader.join(1)
         said = bytes(self._stderr[-1000:]).decode(errors="replace").strip()
         return HpccrError(f"the store worker failed: {reason}" + (f"\n{said}" if said else ""))
@@ -264,8 +275,15 @@ class Worker(Link):
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
+
+    def _kill(self) -> None:
+        """It does nothing any more, whether or not it can end now: a file system that hangs may hold it."""
+        self._process.kill()
+        try:
+            self._process.wait(KILLED)
+        except subprocess.TimeoutExpired:
+            pass
 
 
 def _widen(sock: socket.socket) -> None:
@@ -275,23 +293,3 @@ def _widen(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, forced, BUFFER)
         except PermissionError:
             sock.setsockopt(socket.SOL_SOCKET, plain, BUFFER)
-
-
-def drop_privileges() -> None:
-    """In the worker, before exec: no capability, none to gain, no core file, dies with the transfer."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def prctl(*arguments: int) -> None:
-        padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:5]]
-        if libc.prctl(*padded):
-            raise OSError(ctypes.get_errno(), "prctl")
-
-    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getuid() == 0:
-        prctl(28, 0b11)  # PR_SET_SECUREBITS: SECBIT_NOROOT and its lock, so that exec gives root nothing back
-    # capset(2), version 3: effective, permitted, inheritable, in two halves.
-    header, nothing = struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    if libc.capset(header, nothing):
-        raise OSError(ctypes.get_errno(), "capset")
-    prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -30,7 +30,7 @@ from hpccr.noded import kept
 from hpccr.noded.kept import Record
 from hpccr.noded.seal import SiteKey
 from hpccr.noded.spool import Directory, Limits, Spool
-from hpccr.noded.storeworker import Data, End, FragmentText, Link, Taken, User, Worker
+from hpccr.noded.storeworker import Data, End, FragmentText, Link, Ok, Taken, User, Worker
 
 MAX_DATA = 1 << 20
 MAX_GIVEN = 64
@@ -70,14 +70,14 @@ class FlushJob(msgspec.Struct, frozen=True, tag=True):
 class FetchJob(msgspec.Struct, frozen=True, tag=True):
     """Copy the fragment in `directory` to the empty spool directory, if it is what the other fields say.
 
-    room: bytes that the spool can take, kept images gone; limits: of that spool.
+    limits: of the spool; claimed: bytes of it that are promised to dumps.
     """
 
     user: User
     key: bytes
     directory: str
-    room: int
     limits: Limits
+    claimed: int
     step: StepKey
     checkpoint: str
     sequence: int
@@ -161,8 +161,13 @@ def flush(job: FlushJob, spool: int, *, worker: Callable[[str, User], Worker] = 
         report.at(moved)
 
     try:
+        # Packs that are read again come on top, and are at most as large as the images.
+        link.allow(2 * total)
         link.send(t="open", directory=job.directory, total=total, level=job.level, share=job.share)
-        link.expect_ok()
+        while isinstance(message := link.receive(), Taken) and not message.done:
+            pass
+        if not isinstance(message, Ok):
+            raise HpccrError(f"the store worker failed: it sent {type(message).__name__} where ok was due")
         files = []
         # Sorted, so that a pagemap comes before its pages: the worker cuts those by it.
         for number, name in enumerate(names):
@@ -257,22 +262,69 @@ def fetch(job: FetchJob, spool: int, *, copy: int = -1, worker: Callable[[str, U
     link = worker("fetch", job.user)
     try:
         link.send(t="open", directory=job.directory)
-        message = link.receive()
-        if not isinstance(message, FragmentText):
-            raise HpccrError(f"the store worker sent {type(message).__name__} where the fragment was due")
-        fragment = SiteKey(job.key).open(message.fragment, f"{job.directory}/fragment.json")
+        text = _fragment_text(link)
+        fragment = SiteKey(job.key).open(text, f"{job.directory}/fragment.json")
         check(job, fragment)
-        if fragment.bytes > job.room:
-            raise HpccrError(
-                f"the checkpoint takes {fragment.bytes >> 20} MiB and the spool of this node has {job.room >> 20} MiB",
-                hint="free space in the spool directory (node.spool), or use another node",
-            )
-        Spool(job.limits).make_room(fragment.bytes)
+        _reserve(job, spool, fragment)
         report = Report(fragment.bytes)
+        link.allow(fragment.bytes)
         _take_all(link, spool, fragment, report, job.directory)
+    except _Damaged as error:
+        link.close()
+        _mark(job, error, worker)
+        raise CorruptError(error.message, hint=error.hint) from None
     finally:
         link.close()
     return Finished(bytes=report.done, seconds=time.monotonic() - began, image=fragment.image)
+
+
+class _Damaged(CorruptError):
+    """What is in the store is not what was written there; not said of a seal, which may be of another site."""
+
+
+def _fragment_text(link: Worker) -> bytes:
+    try:
+        message = link.receive()
+    except CorruptError as error:
+        raise _Damaged(error.message, hint=error.hint) from None
+    if not isinstance(message, FragmentText):
+        raise HpccrError(f"the store worker sent {type(message).__name__} where the fragment was due")
+    return message.fragment
+
+
+def _mark(job: FetchJob, error: CorruptError, worker: Callable[[str, User], Worker]) -> None:
+    """Leave word in the store that this checkpoint is damaged, so that nothing is built on it."""
+    try:
+        link = worker("mark", job.user)
+        try:
+            link.send(t="mark", directory=job.directory, what=error.message)
+            link.expect_ok()
+        finally:
+            link.close()
+    except HpccrError as failure:
+        print(f"the checkpoint cannot be marked as damaged: {failure}", file=sys.stderr)
+
+
+def _reserve(job: FetchJob, spool: int, fragment: Fragment) -> None:
+    """Make the files, with all the room they take: of several fetches none takes another's. Raises HpccrError."""
+    area = Spool(job.limits)
+    with area.locked():
+        room = area.room() - job.claimed
+        if fragment.bytes > room:
+            raise HpccrError(
+                f"the checkpoint takes {fragment.bytes >> 20} MiB and the spool of this node has "
+                f"{max(0, room) >> 20} MiB",
+                hint="free space in the spool directory (node.spool), or use another node",
+            )
+        area.make_room(fragment.bytes + job.claimed)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        for file in fragment.files:
+            fd = os.open(file.name, flags, 0o600, dir_fd=spool)
+            try:
+                if file.size:
+                    os.posix_fallocate(fd, 0, file.size)
+            finally:
+                os.close(fd)
 
 
 def _take_all(link: Worker, spool: int, fragment: Fragment, report: Report, where: str) -> None:
@@ -285,7 +337,7 @@ def _take_all(link: Worker, spool: int, fragment: Fragment, report: Report, wher
         try:
             _take_some(lane, spool, files, report, where)
         except BaseException as error:
-            errors.append(error)
+            errors.append(_Damaged(error.message, hint=error.hint) if isinstance(error, CorruptError) else error)
             for other in lanes:
                 other.shut()
 
@@ -356,15 +408,14 @@ def check(job: FetchJob, fragment: Fragment) -> None:
     if wrong:
         raise CorruptError(
             f"the fragment in {job.directory} belongs to another checkpoint: {'; '.join(wrong)}",
-            hint="the store's files were moved or exchanged; `hpccr verify` names the checkpoints that are intact",
+            hint="the store's files were moved or exchanged",
         )
 
 
 def _take(link: Link, spool: int, file: FileEntry, report: Report, where: str, sink: Executor) -> None:
     """One file; `sink`, a thread, hashes and writes what has come while more of it comes."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     digest, size = blake3(), 0
-    fd = os.open(file.name, flags, 0o600, dir_fd=spool)
+    fd = os.open(file.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=spool)
     under_way: deque[Future[None]] = deque()
 
     def write(view: memoryview) -> None:
@@ -392,7 +443,7 @@ def _take(link: Link, spool: int, file: FileEntry, report: Report, where: str, s
         raise CorruptError(
             f"{where}/{file.name} is damaged: "
             + (f"it has not the {file.size} bytes it had" if size != file.size else "its content has changed"),
-            hint="`hpccr verify` names the checkpoints that are intact",
+            hint="`hpccr status JOB` shows the checkpoints there are, `hpccr verify JOB SEQ` whether one is whole",
         )
 
 
@@ -425,6 +476,9 @@ def yield_to_the_job(nice: int) -> None:
 
 
 def main() -> int:
+    # hpccrd is what the kernel is to spare when memory runs out: not this, whose size users decide.
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")
     # A listener that went away is no reason to stop.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     # The same open directories, and so their locks, at numbers that leave the worker's free.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pwd
 import sys
 from collections.abc import Callable
 from typing import IO
@@ -22,11 +21,7 @@ MAX_EVENT = 1 << 20
 
 
 def user(identity: Identity) -> User:
-    try:
-        home = pwd.getpwuid(identity.uid).pw_dir
-    except KeyError:
-        home = "/"
-    return User(uid=identity.uid, gid=identity.gid, groups=identity.groups, home=home)
+    return User(uid=identity.uid, gid=identity.gid, groups=identity.groups)
 
 
 class Transfer:

@@ -34,6 +34,7 @@ SCRIPT_NAME = "slurm_script"
 DIGESTS_NAME = "digests"
 IMPORTED = "imported"
 """StepRecord.state of a step that came from another store."""
+DAMAGED = "`hpccr verify` tells all that is wrong with it; export another one"
 CHUNK = 1 << 20
 TOUCH = 10.0
 """Seconds between two signs of life of an import."""
@@ -54,7 +55,7 @@ class Sink(Protocol):
 def write(checkpoint: Checkpoint, out: Sink, *, wrote: Callable[[int], None] = lambda count: None) -> None:
     """Write the archive of a complete checkpoint. wrote: called with numbers of bytes.
 
-    Raises NoCheckpointError for an incomplete one, CorruptError for what verify() would find at once, OSError.
+    Raises NoCheckpointError for an incomplete one, CorruptError for one that is damaged, OSError.
     """
     state = checkpoint.state()
     if not checkpoint.complete:
@@ -62,7 +63,7 @@ def write(checkpoint: Checkpoint, out: Sink, *, wrote: Callable[[int], None] = l
     root = checkpoint.step.path.parent.parent
     digests = []
     with tarfile.open(fileobj=cast(IO[bytes], out), mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as archive:
-        for path in _files(checkpoint):
+        for path, digest in _files(checkpoint):
             with open(path, "rb", opener=_no_link) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
@@ -71,7 +72,11 @@ def write(checkpoint: Checkpoint, out: Sink, *, wrote: Callable[[int], None] = l
                 member.size, member.mtime, member.mode = status.st_size, int(status.st_mtime), publish.FILE_MODE
                 hashing = _Hashing(file)
                 archive.addfile(member, cast(IO[bytes], hashing))
-                digests.append(f"{hashing.hasher.hexdigest()}  {member.name}\n")
+                if digest not in ("", found := hashing.hasher.hexdigest()):
+                    raise CorruptError(
+                        f"{path} has been changed: its BLAKE3 digest is not the recorded one", hint=DAMAGED
+                    )
+                digests.append(f"{found}  {member.name}\n")
                 wrote(status.st_size)
         text = "".join(digests).encode()
         member = tarfile.TarInfo(str((checkpoint.step.path / DIGESTS_NAME).relative_to(root)))
@@ -92,17 +97,19 @@ class _Hashing:
         return data
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[Path]:
+def _files(checkpoint: Checkpoint) -> Iterator[tuple[Path, str]]:
+    """With the digest that a file must have, "" where it was compared already or is of no other file's knowledge."""
     for name in (STEP_NAME, SCRIPT_NAME):
         if (checkpoint.step.path / name).exists():
-            yield checkpoint.step.path / name
-    yield checkpoint.manifest_path
+            yield checkpoint.step.path / name, ""
+    yield checkpoint.manifest_path, ""
     for capsule in range(checkpoint.manifest().capsules):
         directory = checkpoint.capsule_path(capsule)
-        for pack in index.read_index(directory).header.packs:
-            yield directory / pack.name
-        yield directory / INDEX_NAME
-        yield directory / FRAGMENT_NAME
+        header = index.read_index(directory).header
+        for pack in header.packs:
+            yield directory / pack.name, pack.digest
+        yield directory / INDEX_NAME, ""
+        yield directory / FRAGMENT_NAME, header.fragment
 
 
 def _no_link(path: str, flags: int) -> int:
@@ -152,7 +159,8 @@ def _extract(source: IO[bytes], store: Store, read: Callable[[int], None]) -> Ch
             for member in archive:
                 match = _MEMBER.fullmatch(member.name)
                 content = archive.extractfile(member) if member.isreg() else None
-                if match is None or content is None:
+                # The name of a job's directory is part of a path, and must not lead out of here.
+                if match is None or content is None or parse_job_directory(match["job"]) is None:
                     raise CorruptError(f"the archive has {member.name!r}, which is not a part of a checkpoint")
                 found.add((match["job"], match["step"]))
                 sequences |= {int(match["sequence"])} if match["sequence"] else set()
@@ -175,10 +183,8 @@ def _extract(source: IO[bytes], store: Store, read: Callable[[int], None]) -> Ch
     listed = store.root / directory / step / DIGESTS_NAME
     if not listed.exists() or listed.read_bytes() != "".join(digests).encode():
         raise CorruptError("the archive is damaged: its digests are not those of what is in it")
-    parsed = parse_job_directory(directory)
-    if parsed is None:
-        raise CorruptError(f"the archive's {directory} is not the name of a job")
-    return store.step(StepKey(cluster=parsed[0], job=parsed[1], step=step)).checkpoint(sequences.pop())
+    cluster, job = parse_job_directory(directory) or ("", "")
+    return store.step(StepKey(cluster=cluster, job=job, step=step)).checkpoint(sequences.pop())
 
 
 def _publish(checkpoint: Checkpoint, store: Store) -> Checkpoint:

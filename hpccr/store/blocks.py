@@ -7,6 +7,7 @@ in memory is bounded by the number of threads, but for 60 bytes a block (see lin
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -35,6 +36,8 @@ PACK_SIZE = 1 << 30
 MAX_THREADS = 8
 
 _ZERO_ROW_DIGEST = bytes(32)
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""What open(2) says where there is no regular file."""
 
 
 def threads() -> int:
@@ -411,12 +414,15 @@ class Reader:
 
 
 def open_pack(directory: Path, pack: Pack) -> int:
-    """A descriptor for reading. Raises CorruptError unless it is a regular file of the size it had."""
+    """A descriptor for reading. Raises CorruptError unless it is a regular file of the size it had; OSError for what
+    says nothing of the file: storage that does not answer."""
     path = directory / pack.name
     try:
         # O_NONBLOCK: a fifo in its place must not stop us here for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         raise CorruptError(f"cannot open {path}: {error.strerror}") from None
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode) and status.st_size == pack.size:

@@ -43,19 +43,16 @@ class Collected:
 def superfluous(entries: Sequence[Entry], *, keep: int, now: float) -> list[int]:
     """The numbers of the checkpoints to remove, newest first.
 
-    Kept: the `keep` (at least one) newest complete ones; everything newer than the newest complete one; everything
-    that is being flushed or changed within GRACE. Without a complete one, all.
+    Kept: the `keep` (at least one) newest complete ones; the one with the highest number, whatever its state; and
+    everything that is being flushed or changed within GRACE.
     """
     entries = sorted(entries, key=lambda entry: entry.sequence, reverse=True)
     complete = [entry.sequence for entry in entries if entry.state is State.COMPLETE]
-    if not complete:
-        return []
     kept = set(complete[: max(keep, 1)])
     return [
         entry.sequence
-        for entry in entries
-        if entry.sequence < complete[0]
-        and entry.sequence not in kept
+        for entry in entries[1:]
+        if entry.sequence not in kept
         and (entry.state is State.COMPLETE or (entry.state is State.INCOMPLETE and now - entry.changed > GRACE))
     ]
 

@@ -1,10 +1,10 @@
 """Where things are in a store, and reading them. Nothing here writes (see publish, steps, events, gc).
 
     STORE/<cluster>-<job>/<step>/ step.json  endpoint.json  events.jsonl  run-<incarnation>
-        ckpt-000007/ checkpoint.json  capsule-0/{fragment.json, flush.json, files...}  capsule-1/...
+        ckpt-000007/ checkpoint.json  [damaged.json]  capsule-0/{fragment.json, flush.json, files...}  capsule-1/...
 
 There is no central commit: a checkpoint is complete when checkpoint.json and the fragment of every capsule it counts
-are there and belong together. fragment.json is the last file of its capsule to appear.
+are there and belong together, and nobody has found it damaged. fragment.json is the last file of its capsule to appear.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hpccr.model import (
     StepRecord,
     parse_job_directory,
 )
+from hpccr.store import damage
 from hpccr.store.publish import read_if_there
 
 STEP_NAME = "step.json"
@@ -162,6 +163,8 @@ class Checkpoint:
                     check_belongs(fragment, manifest, capsule, self.capsule_path(capsule) / FRAGMENT_NAME)
             if manifest is not None:
                 check_place(manifest, self)
+            if found := damage.found(self.path):
+                return (), found
         except CorruptError as error:
             return (), error.message
         problem = "" if manifest else f"no {MANIFEST_NAME}"
@@ -252,7 +255,7 @@ class Step:
     def next_sequence(self) -> int:
         """The number for the next checkpoint: above every one that has a directory, in whatever state.
 
-        gc never removes the directory with the highest number, so that no number is used twice. Raises OSError.
+        gc never removes the directory with the highest number; after `hpccr rm` it may be used again. Raises OSError.
         """
         there = self.checkpoints()
         return there[0].sequence + 1 if there else 1

@@ -49,32 +49,37 @@ def cuts(pagemap: bytes, block: int) -> tuple[int, array[int]]:
     return pages_id, ends
 
 
-def pages(pagemap: bytes) -> tuple[int, list[tuple[int, int, int]]]:
+def pages(pagemap: bytes) -> tuple[int, Iterator[tuple[int, int, int]]]:
     """(pages_id, (address, bytes, offset in its page image) of each run of pages that are there) of a pagemap image.
 
-    Raises as cuts().
+    Raises as cuts(), ValueError also while the runs are gone through: they may be millions, and are made one by one.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from pycriu.images import pagemap_pb2
 
     head = pagemap_pb2.pagemap_head()
-    entry = pagemap_pb2.pagemap_entry()
-    runs = []
-    offset = 0
+    found = messages(pagemap)
     try:
-        found = messages(pagemap)
         head.ParseFromString(next(found))
+    except (DecodeError, StopIteration) as error:
+        raise ValueError(f"not a pagemap image: {error}") from None
+
+    def runs() -> Iterator[tuple[int, int, int]]:
+        entry = pagemap_pb2.pagemap_entry()
+        offset = 0
         for message in found:
-            entry.ParseFromString(message)
+            try:
+                entry.ParseFromString(message)
+            except DecodeError as error:
+                raise ValueError(f"not a pagemap image: {error}") from None
             if not (entry.flags & _PRESENT if entry.HasField("flags") else not entry.in_parent):
                 continue
             length = (entry.nr_pages or entry.compat_nr_pages) * mmap.PAGESIZE
             if length:
-                runs.append((entry.vaddr, length, offset))
+                yield entry.vaddr, length, offset
             offset += length
-    except (DecodeError, StopIteration) as error:
-        raise ValueError(f"not a pagemap image: {error}") from None
-    return head.pages_id, runs
+
+    return head.pages_id, runs()
 
 
 def messages(image: bytes) -> Iterator[bytes]:

@@ -46,9 +46,11 @@ class PendingFile:
             self.size += written
             view = view[written:]
 
-    def commit(self, *, sync_directory: bool = True) -> None:
-        """Give the file its name. With sync_directory=False the caller syncs the directory after its last file."""
-        os.fsync(self._fd)
+    def commit(self, *, sync: bool = True, sync_directory: bool = True) -> None:
+        """Give the file its name. With sync_directory=False the caller syncs the directory after its last file; with
+        sync=False it may be empty after a crash."""
+        if sync:
+            os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         os.rename(self._temporary, self.path)
@@ -76,9 +78,11 @@ def publish_bytes(path: Path, data: Buffer) -> None:
         pending.commit()
 
 
-def publish(path: Path, record: msgspec.Struct) -> None:
-    """Make `path` hold text(record). Raises OSError."""
-    publish_bytes(path, text(record))
+def publish(path: Path, record: msgspec.Struct, *, durable: bool = True) -> None:
+    """Make `path` hold text(record). durable=False: it need not outlive a crash of the node. Raises OSError."""
+    with PendingFile(path) as pending:
+        pending.write(text(record))
+        pending.commit(sync=durable, sync_directory=durable)
 
 
 def text(record: msgspec.Struct) -> bytes:
@@ -129,12 +133,27 @@ def make_directory(path: Path) -> None:
     """
     if not path.parent.is_dir():
         make_directory(path.parent)
+    make_one_directory(path)
+
+
+def make_one_directory(path: Path) -> None:
+    """As make_directory(), but the directory above must be there: what is missing may be a file system that is not
+    mounted, and what is below is then none of the store. Raises OSError, HpccrError."""
     try:
         os.mkdir(path, DIRECTORY_MODE)
     except FileExistsError:
         if not path.is_dir() or path.is_symlink():
             raise HpccrError(f"{path} exists but is not a directory", hint="move it out of the way") from None
         return
+    except (FileNotFoundError, NotADirectoryError):
+        if path.parent.is_dir():
+            raise
+        if path.parent.exists():
+            raise HpccrError(f"{path.parent} exists but is not a directory", hint="move it out of the way") from None
+        raise HpccrError(
+            f"there is no {path.parent} on {os.uname().nodename}",
+            hint="is the store's file system mounted on this node?",
+        ) from None
     fsync_directory(path.parent)
 
 

@@ -25,10 +25,12 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: the path it is about, and what."""
+    """Something wrong: the path it is about, and what. damage: what was written is not there as it was; else it was
+    never whole, or cannot be read now."""
 
     path: str
     problem: str
+    damage: bool = True
 
 
 def verify(checkpoint: Checkpoint, *, read: Callable[[int], None] | None = None) -> list[Finding]:
@@ -44,7 +46,7 @@ def _findings(checkpoint: Checkpoint, read: Callable[[int], None]) -> Iterator[F
     try:
         manifest = checkpoint.manifest_if_there()
         if manifest is None:
-            yield Finding(path, "is missing: the checkpoint was never finished")
+            yield Finding(path, "is missing: the checkpoint was never finished", False)
             return
         check_place(manifest, checkpoint)
         if checkpoint.manifest_path.read_bytes() != publish.text(manifest):
@@ -67,41 +69,53 @@ def _capsule(
     try:
         fragment = checkpoint.fragment(capsule)
         if fragment is None:
-            yield Finding(str(path), "is missing: this capsule's flush has not ended")
+            yield Finding(str(path), "is missing: this capsule's flush has not ended", False)
             return
         check_belongs(fragment, manifest, capsule, path)
     except (CorruptError, OSError) as error:
-        yield Finding(str(path), str(error))
+        yield _told(path, error)
         return
     try:
         found = index.read_index(directory)
     except (CorruptError, OSError) as error:
-        yield Finding(str(directory / INDEX_NAME), str(error))
+        yield _told(directory / INDEX_NAME, error)
         return
     yield from _recorded(directory, found, fragment)
     for pack in found.header.packs:
         try:
             _check_pack(directory, pack, read)
         except (CorruptError, OSError) as error:
-            yield Finding(str(directory / pack.name), str(error))
+            yield _told(directory / pack.name, error)
     with Reader(directory, found, check=True) as reader:
         for file in fragment.files:
             try:
                 _check_file(reader, file, read)
             except (CorruptError, OSError) as error:
-                yield Finding(str(directory / file.name), str(error))
+                yield _told(directory / file.name, error)
     yield from _unlisted(directory, found)
+
+
+def _told(path: Path, error: CorruptError | OSError) -> Finding:
+    return Finding(str(path), str(error), isinstance(error, CorruptError))
 
 
 def _recorded(directory: Path, found: Index, fragment: Fragment) -> Iterator[Finding]:
     """What the index says of the fragment."""
     path = directory / FRAGMENT_NAME
-    if blake3(path.read_bytes()).hexdigest() != found.header.fragment:
-        yield Finding(str(path), "has been changed: its BLAKE3 digest is not the recorded one")
+    try:
+        check_fragment(path, path.read_bytes(), found)
+    except (CorruptError, OSError) as error:
+        yield _told(path, error)
     listed = {file.name for file in fragment.files}
     for file in found.header.files:
         if file.name not in listed:
             yield Finding(str(directory / INDEX_NAME), f"has {file.name}, which is not a file of this fragment")
+
+
+def check_fragment(path: Path, text: bytes, found: Index) -> None:
+    """Raises CorruptError unless the text of a fragment.json is what the index beside it was made with."""
+    if blake3(text).hexdigest() != found.header.fragment:
+        raise CorruptError(f"{path} has been changed: its BLAKE3 digest is not the recorded one")
 
 
 def _check_pack(directory: Path, pack: Pack, read: Callable[[int], None]) -> None:

@@ -1,12 +1,16 @@
 """The store worker: copies one capsule's fragment into or out of the store, with the user's ids and no privileges.
 
-Started by hpccrd's transfer process (noded/storeworker.py) as `python -I -m hpccr.store.worker flush|fetch`.
+Started by hpccrd's transfer process (noded/storeworker.py) as `python -I -m hpccr.store.worker MODE UID GID GROUP...`,
+MODE being flush, fetch or mark, as root: it takes the user's ids itself, before it hears or opens anything. A process
+that has changed its ids without an exec is not dumpable: the user cannot trace it, and so cannot make it stay on the
+node, outside of any job.
 Descriptor 3 is a SOCK_STREAM unix socket to it; frames are a 4-byte big-endian length and a msgpack map, at most 4 MiB.
 
 flush, root -> worker: {"t":"open","directory":str,"total":int,"level":int,"share":int}; then per file
   {"t":"file","name":str,"size":int} with a descriptor of the file, open for reading (SCM_RIGHTS), in the order of their
   names (so that a pagemap comes before its pages); at last {"t":"publish","fragment":bytes}, the text of fragment.json.
-  worker -> root: {"t":"ok"} after open and after publish; in between {"t":"moved","done":int,"files":int}, the bytes
+  worker -> root: {"t":"ok"} after open (moved with zeros before it, while it reads packs again that it is to refer to)
+  and after publish; in between {"t":"moved","done":int,"files":int}, the bytes
   and the files taken over so far, at least after every file; or {"t":"error","message":str,"hint":str,"code":int}.
   The worker makes the capsule's directory, stores the files as blocks (store.blocks) under temporary names, syncs,
   writes the index, syncs the directory, rewrites flush.json (model.FlushProgress) at least every 2 s, publishes
@@ -15,8 +19,11 @@ flush, root -> worker: {"t":"open","directory":str,"total":int,"level":int,"shar
 
 fetch, root -> worker: {"t":"open","directory":str}; worker -> root: {"t":"fragment","fragment":bytes}; then
   root -> worker: {"t":"get","name":str}; worker -> root: {"t":"data","data":bytes<=1MiB}... {"t":"end"}; or error
-  (no fragment: code 10; a file it should have is missing or unreadable: code 12). {"t":"lane"} brings another socket
+  (no fragment: code 10; a file it should have is missing or damaged: code 12). {"t":"lane"} brings another socket
   (SCM_RIGHTS), over which files are asked for and sent at the same time. The end of the first socket ends it.
+
+mark, root -> worker: {"t":"mark","directory":str,"what":str}: the checkpoint of that capsule's directory was found
+  damaged (store.damage); worker -> root: {"t":"ok"}, or error.
 
 An error ends the worker, and it may come at any time: after a send that failed (EPIPE, ECONNRESET), read the socket
 once more. Exit status: 0 after a finished transfer, 1 after an error.
@@ -35,6 +42,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Self
@@ -43,9 +51,10 @@ import msgspec
 
 from hpccr.errors import CorruptError, ExitCode, HpccrError, LockedError, NoCheckpointError
 from hpccr.model import FRAGMENT_NAME, FlushProgress, Name, Size
-from hpccr.store import index, lineage, pagemap, publish
+from hpccr.store import damage, index, lineage, pagemap, privileges, publish
 from hpccr.store.blocks import Reader, Writer
 from hpccr.store.layout import FLUSH_NAME
+from hpccr.store.verify import check_fragment
 
 DESCRIPTOR = 3
 HEADER = struct.Struct("!I")
@@ -56,9 +65,9 @@ MAX_PAGEMAP = 64 << 20
 """Bytes of pagemap images whose pages have not come yet; what is more is not looked at."""
 MOVED_INTERVAL = 0.5
 """Seconds between two messages about progress within a file."""
-INTACT = "`hpccr verify` names the checkpoints that are intact"
-PROGRESS_INTERVAL = 1.0
-"""Seconds between two writes of flush.json: half of what the format allows (model.FlushProgress)."""
+INTACT = "`hpccr status JOB` shows the checkpoints there are, `hpccr verify JOB SEQ` whether one is whole"
+PROGRESS_INTERVAL = 1.5
+"""Seconds between two writes of flush.json, somewhat less than the format's limit (model.FlushProgress)."""
 
 
 _DATA = b"\x82\xa1t\xa4data\xa4data\xc6"
@@ -84,6 +93,11 @@ class End(msgspec.Struct, frozen=True, tag_field="t", tag="end"):
 
 class FlushPublish(msgspec.Struct, frozen=True, tag_field="t", tag="publish"):
     fragment: bytes
+
+
+class Mark(msgspec.Struct, frozen=True, tag_field="t", tag="mark"):
+    directory: str
+    what: str
 
 
 class FetchOpen(msgspec.Struct, frozen=True, tag_field="t", tag="open"):
@@ -225,7 +239,9 @@ class Progress:
                 pass  # the store is full or gone: the transfer itself meets that too, and reports it
 
     def _write(self) -> None:
-        publish.publish(self._path, FlushProgress(done=self._done, total=self._total, updated=time.time()))
+        # After a crash nobody misses it, and a metadata server has better things to sync.
+        record = FlushProgress(done=self._done, total=self._total, updated=time.time())
+        publish.publish(self._path, record, durable=False)
 
 
 def flush(link: Link) -> None:
@@ -239,21 +255,17 @@ def flush(link: Link) -> None:
     if not isinstance(request, FlushOpen):
         raise ProtocolError(f"a flush began with {type(request).__name__}")
     directory = _absolute(request.directory)
-    publish.make_directory(directory)
+    publish.make_one_directory(directory)
     if (directory / FRAGMENT_NAME).exists():
         raise LockedError(f"{directory} already holds a published fragment", hint="take the next checkpoint number")
     _clear(directory)
     try:
-        with (
-            Progress(directory, request.total) as progress,
-            Writer(
-                directory,
-                lineage.inherit(directory, request.total, share=request.share),
-                level=request.level,
-                read=(taken := Taken(link, progress)).add,
-                done=taken.end,
-            ) as writer,
-        ):
+        with Progress(directory, request.total) as progress, ExitStack() as stack:
+            taken = Taken(link, progress)
+            inheritance = lineage.inherit(directory, request.total, share=request.share, alive=lambda: taken.add(0))
+            writer = stack.enter_context(
+                Writer(directory, inheritance, level=request.level, read=taken.add, done=taken.end)
+            )
             link.send(Ok())
             cutter = Cutter(writer)
             while True:
@@ -343,19 +355,34 @@ def fetch(link: Link) -> int:
         raise ProtocolError(f"a fetch began with {type(request).__name__}")
     directory = _absolute(request.directory)
     try:
-        link.send(FetchFragment(fragment=(directory / FRAGMENT_NAME).read_bytes()))
+        text = (directory / FRAGMENT_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise NoCheckpointError(
-            f"there is no {FRAGMENT_NAME} in {directory}", hint="`hpccr list` shows the complete checkpoints"
+            f"there is no {FRAGMENT_NAME} in {directory}", hint="`hpccr status JOB` shows the checkpoints there are"
         ) from None
+    link.send(FetchFragment(fragment=text))
+    found = index.read_index(directory)
+    try:
+        check_fragment(directory / FRAGMENT_NAME, text, found)
+    except CorruptError as error:
+        # Root looks at the seal, and cannot tell this from one that another site made.
+        damage.mark(directory.parent, error.message)
+        raise
     lanes: list[threading.Thread] = []
-    with Reader(directory, index.read_index(directory)) as reader:
+    with Reader(directory, found) as reader:
         try:
             # An error is told here, before the wait for the lanes: they end when hpccrd, which knows then, closes them.
             return _act("fetch", link, lambda one: _main_lane(one, reader, lanes))
         finally:
             for thread in lanes:
                 thread.join()
+
+
+def mark(link: Link) -> None:
+    """Serve one mark. Raises HpccrError, OSError."""
+    request = _decode(msgspec.msgpack.Decoder(Mark).decode, link.receive())
+    damage.mark(_absolute(request.directory).parent, request.what)
+    link.send(Ok())
 
 
 def _main_lane(link: Link, reader: Reader, lanes: list[threading.Thread]) -> None:
@@ -410,7 +437,10 @@ def _decode[T](decode: Callable[[bytes], T], body: bytes | None) -> T:
 
 def serve(mode: str, sock: socket.socket) -> int:
     """Run one transfer over `sock`, report an error to the peer and close `sock`. Returns the exit status."""
-    return _serve(mode, sock, flush if mode == "flush" else fetch)
+    return _serve(mode, sock, MODES[mode])
+
+
+MODES: dict[str, Callable[[Link], int | None]] = {"flush": flush, "fetch": fetch, "mark": mark}
 
 
 def _serve(mode: str, sock: socket.socket, act: Callable[[Link], int | None]) -> int:
@@ -444,14 +474,17 @@ def _act(mode: str, link: Link, act: Callable[[Link], int | None]) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) != 2 or sys.argv[1] not in ("flush", "fetch"):
-        print("usage: python -I -m hpccr.store.worker flush|fetch (started by hpccrd)", file=sys.stderr)
+    mode, *ids = sys.argv[1:] or [""]
+    if mode not in MODES or len(ids) < 2 or not all(map(str.isdecimal, ids)):
+        print("usage: python -I -m hpccr.store.worker MODE UID GID GROUP... (started by hpccrd)", file=sys.stderr)
         return int(ExitCode.USAGE)
+    uid, gid, *groups = map(int, ids)
+    privileges.take(uid, gid, groups)
     # hpccrd ends a worker by closing the socket, so that the files are removed; a stray signal must not leave them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.umask(0o077)
-    return serve(sys.argv[1], socket.socket(fileno=DESCRIPTOR))
+    return serve(mode, socket.socket(fileno=DESCRIPTOR))
 
 
 if __name__ == "__main__":

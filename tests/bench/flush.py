@@ -186,7 +186,7 @@ def fetch(spool: Path, store: Path, sequence: int, level: int) -> None:
         user=the_user(),
         key=bytes(32),
         directory=str(capsule(store, sequence)),
-        room=1 << 50,
+        claimed=0,
         limits=Limits(str(spool.parent)),
         step=StepKey(cluster="bench", job="1", step="0"),
         checkpoint=f"{sequence:032x}",
@@ -218,7 +218,7 @@ def user() -> pwd.struct_passwd:
 def the_user() -> Any:
     from hpccr.noded.storeworker import User
 
-    return User(uid=user().pw_uid, gid=user().pw_gid, groups=(), home=user().pw_dir)
+    return User(uid=user().pw_uid, gid=user().pw_gid, groups=())
 
 
 def capsule(store: Path, sequence: int) -> Path:
@@ -258,6 +258,7 @@ def run(work: Path, options: argparse.Namespace) -> None:
     peaks: list[int] = []
     store = made(work / "store")
     for sequence in range(1, options.checkpoints + 1):
+        made(capsule(store, sequence).parent)
         _, peak = alone("flush", copied(source, work / "spool"), store, sequence, options.level)
         peaks.append(peak >> 10)
         new = sum(path.stat().st_size for path in capsule(store, sequence).iterdir() if path.stat().st_nlink == 1)
@@ -275,6 +276,7 @@ def speed(work: Path, source: Path, options: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {"zstd": [], "b3sum": [], "flush": [], "copy": [], "fetch": []}
     for number in range(options.rounds):
         store, back, copy = made(work / f"store-{number}"), work / "back", work / "copy"
+        made(capsule(store, 1).parent)
         times["zstd"].append(seconds(zstd, source, work / "z", options.level))
         times["flush"].append(alone("flush", copied(source, work / "spool"), store, 1, options.level)[0])
         times["b3sum"].append(seconds(hashed, source))

@@ -1,13 +1,16 @@
 """How much a running job is slowed down while its checkpoint is copied to the store, at the default priorities.
 
-A program with one thread and half a gigabyte of memory on one node notes when it has finished each small piece of work.
-Compared pair by pair: pieces between a checkpoint's release and its being durable, and in as much time right after.
+A program with one thread and half a gigabyte of memory on one node notes when it has finished each small piece of work,
+and how much processor time it has taken by then. Compared pair by pair: between a checkpoint's release and its being
+durable, and in as much time right after, the number of pieces, and the processor time of one. The first counts what the
+job waits for a processor, so it means something only where there is one to spare; the second (caches, memory) anywhere.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import Job, Jobs
@@ -26,7 +29,7 @@ while True:
         work = np.sqrt(work * 1.0001 + 0.1)
     n += 1
     held[(n * 4096 * 7) % held.size] += 1
-    out.write(f'{time.time()}\\n')
+    out.write(f'{time.time()} {time.process_time()}\\n')
     if n % 20 == 0:
         out.flush()
 """
@@ -50,11 +53,14 @@ def measure(cluster: Cluster, repetitions: int) -> None:
     finally:
         jobs.clear()
         restart(cluster, before)
-    low, middle, high = quartiles([1 - beside / alone for beside, alone, _ in found])
-    print(
-        f"\nslow-down of a job beside its flush ({quartiles([length for *_, length in found])[1]:.1f} s each): median "
-        f"{middle:.1%} (quartiles {low:.1%} to {high:.1%}, {len(found)} pairs)"
-    )
+    lengths = quartiles([one.length for one in found])
+    print(f"\na job beside its flush ({lengths[1]:.1f} s each, {len(found)} pairs)")
+    for what, values in (
+        ("fewer pieces of work", [one.fewer for one in found]),
+        ("more processor time for one", [one.dearer for one in found]),
+    ):
+        low, middle, high = quartiles(values)
+        print(f"{what}: median {middle:.1%} (quartiles {low:.1%} to {high:.1%})")
 
 
 def default_priorities(cluster: Cluster) -> None:
@@ -79,20 +85,36 @@ def restart(cluster: Cluster, files: dict[Path, str]) -> None:
         wait_for("its socket", (cluster.root(node) / "run/hpccr/hpccrd.sock").exists)
 
 
-def pair(job: Job) -> tuple[float, float, float]:
-    """Pieces per second beside a flush and alone; how long the flush took."""
+@dataclass(frozen=True)
+class Pair:
+    """fewer: pieces of work beside a flush than alone, as a part. dearer: processor time of one. length: seconds."""
+
+    fewer: float
+    dearer: float
+    length: float
+
+
+def pair(job: Job) -> Pair:
+    """One flush, and as much time alone."""
     before = len(job.events("durable"))
     job.hpccr_ok("checkpoint")
     ended = job.wait_event("durable", before + 1)["time"]
     began = job.wait_event("released", before + 1)["time"]
     length = ended - began
-    wait_for("as much time alone", lambda: max(done(job), default=0.0) > ended + MARGIN + length)
-    times = done(job)
-    beside = sum(began < moment <= ended for moment in times)
-    alone = sum(ended + MARGIN < moment <= ended + MARGIN + length for moment in times)
-    return beside / length, alone / length, length
+    wait_for("as much time alone", lambda: max(done(job), default=(0.0, 0.0))[0] > ended + MARGIN + length)
+    notes = done(job)
+    beside = [processor for moment, processor in notes if began < moment <= ended]
+    alone = [processor for moment, processor in notes if ended + MARGIN < moment <= ended + MARGIN + length]
+    return Pair(1 - len(beside) / len(alone), each(beside) / each(alone) - 1, length)
 
 
-def done(job: Job) -> list[float]:
+def each(processor: list[float]) -> float:
+    """Processor time of one piece, by what the clock was after each."""
+    return (processor[-1] - processor[0]) / (len(processor) - 1)
+
+
+def done(job: Job) -> list[tuple[float, float]]:
+    """When a piece was done, and the processor time taken until then."""
     path = job.directory / "done"
-    return [float(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [(float(moment), float(processor)) for moment, processor in map(str.split, lines)]

@@ -183,6 +183,7 @@ async def flush_outlives(store: str) -> None:
 @case
 async def flush_here(directory: str) -> None:
     """Begin a flush of a larger job and stay until the lease ends."""
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
     fill = "import sys; data = bytes(range(256)) * (1 << 18); print('up', flush=True); sys.stdin.read()"
     async with capsule() as made:
         await running(made, job=(sys.executable, "-c", fill))
@@ -280,6 +281,7 @@ async def stolen(directory: str, record: str) -> None:
 async def offered(store: str, record: str) -> None:
     """Make a fragment and note what a restore of it has to name."""
     key, directory = step_key(), store
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
     identifier = await make_fragment(key, directory)
     Path(record).write_text(f"{key.cluster} {key.job} {key.step} {identifier}")
 

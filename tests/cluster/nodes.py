@@ -255,11 +255,11 @@ class Cluster:
             image.unlink(missing_ok=True)
 
     @contextmanager
-    def unmounted(self, share: str) -> Iterator[None]:
-        """A small share is gone from all compute nodes, and comes back."""
+    def unmounted(self, share: str, *nodes: str) -> Iterator[None]:
+        """A small share is gone from these compute nodes (default: all), and comes back."""
         gone = []
         try:
-            for node in self.nodes:
+            for node in nodes or self.nodes:
                 self.check(node, "umount", "-l", share)
                 gone.append(node)
             yield

@@ -135,14 +135,69 @@ def test_restored_from_the_spool(jobs: Jobs, cluster: Cluster, workloads: Worklo
     wait_for("nothing kept", lambda: not any(cluster.kept(node) for node in nodes))
 
 
+def test_what_was_found_damaged_is_not_built_upon(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """After a fall back the job makes what was damaged again; the checkpoints that follow are whole nevertheless, and
+    the one that was restored stays until there are others."""
+    job = start(jobs, workloads)
+    job.checkpoint()
+    job.requeue_and_hold()
+    cluster.forget_images()
+    damaged = job.step() / "ckpt-000002"
+    packs = [path for path in (damaged / "capsule-1").glob("*.pack") if path.stat().st_nlink == 1]
+    flip(max(packs, key=lambda path: path.stat().st_size))
+    assert complete(job) == [2, 1]
+    job.release()
+    assert job.wait_event("restored")["sequence"] == 1
+    assert complete(job) == [1]
+    assert "found damaged" in job.hpccr_ok("status")
+    for newest in (3, 4):
+        job.checkpoint()
+        wait_for("gc", lambda: complete(job) == [newest, {3: 1, 4: 3}[newest]])  # noqa: B023
+        for sequence in complete(job):
+            assert "is whole" in job.hpccr_ok("verify", str(sequence))
+    goes_on(job, workloads)
+
+
+ATTACH = "import sys; from hpccr.noded.syscalls import ptrace_seize; ptrace_seize(int(sys.argv[1]))"
+
+
+def status_of(pid: int) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: values.split() for name, values in (line.split(":", 1) for line in lines)}
+
+
+def is_the_users(pid: int) -> bool:
+    try:
+        return status_of(pid)["Uid"] == [str(USERS["user1"])] * 4
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def outside_the_job(cluster: Cluster, job: Job, node: str, pids: list[int]) -> None:
+    """The processes of a flush are not in the job's cgroups and not spared when memory runs out, and the user cannot
+    get into the one that has his ids."""
+    mark = f"job_{job.id}/"
+    (rank, *_) = cluster.pids(node, r"ticker\.py")
+    assert mark in Path(f"/proc/{rank}/cgroup").read_text()
+    for pid in pids:
+        assert mark not in Path(f"/proc/{pid}/cgroup").read_text()
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "0\n"
+    (worker,) = filter(is_the_users, pids)
+    tried = cluster.run(node, "/opt/hpccr/bin/python", "-c", ATTACH, status_of(worker)["NSpid"][-1], user="user1")
+    assert "Operation not permitted" in tried.stderr, tried.stderr
+
+
 def test_a_checkpoint_before_the_last_is_durable(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     """By interval it is left out, asked for it waits, and both are told; a terminal shows how far the flush is."""
     job = jobs.submit(workloads.ticker(hold=16), environment={"HPCCR_CHECKPOINT_INTERVAL": "10s"})
     job.wait_event("started")
     node = job.slurm().nodes[1]
     first = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
-    pids = new_pids(cluster, node, set())
+    pids = wait_for(
+        "a worker", lambda: any(map(is_the_users, found := cluster.pids(node, FLUSH))) and found, every=0.005
+    )
     with stopped(pids):
+        outside_the_job(cluster, job, node, pids)
         terminal = cluster.popen("ctl", "script", "-qec", f"hpccr checkpoint {job.id}", "/dev/null", user="user1")
         assert job.wait_event("waiting")["pending"] == 1
         skipped = job.wait_event("skipped")

@@ -84,6 +84,43 @@ def test_storage_that_hangs_and_storage_that_is_gone(jobs: Jobs, cluster: Cluste
         ends_well(job, workloads)
 
 
+def test_storage_that_is_gone_on_one_node(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """Before the flush, where the user may write below, or in its middle: the checkpoint fails and says why, nothing is
+    written beside the store, and when it is back all is as before."""
+    with cluster.small_share("part", "400m", "user1", disk=True) as store:
+        job = start(jobs, workloads, store, hold=24)
+        job.checkpoint()
+        node = job.slurm().nodes[1]
+
+        def fails(asked: subprocess.Popen[str]) -> None:
+            output, errors = asked.communicate(timeout=60)
+            assert asked.returncode == 1 and "hint: " in errors and "mounted" in errors, output + errors
+            goes_on(job)
+            assert complete(job) == [1]
+
+        def ask() -> subprocess.Popen[str]:
+            return cluster.popen("ctl", "hpccr", "checkpoint", "--wait", "--dir", store, str(job.id), user="user1")
+
+        with cluster.unmounted(store, node):
+            cluster.check(node, "chmod", "1777", store)
+            fails(ask())
+            assert cluster.check(node, "ls", "-A", store) == ""
+        asked = ask()
+        capsule = job.step() / "ckpt-000003" / "capsule-1"
+        wait_for("a pack", lambda: any(".pack" in path.name for path in capsule.glob(".tmp-*")), every=0.005)
+        pids = cluster.pids(node, FLUSH)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        with cluster.unmounted(store, node):
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            fails(asked)
+            assert cluster.check(node, "ls", "-A", store) == ""
+        job.checkpoint()
+        verified(job)
+        ends_well(job, workloads)
+
+
 def test_killed_at_random_moments(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     """A flush, an agent or an hpccrd is killed somewhere in a checkpoint: the job goes on, from a checkpoint if it
     must, nothing it prints is lost or doubled, and what is listed as complete verifies."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from test_store import record, the_pack, write, write_manifest
+import test_store
+from test_store import IMAGE, record, the_pack, write, write_manifest
 
 from hpccr.cli import nodecheck, output
 from hpccr.cli.main import VERBS, entry
@@ -311,12 +312,21 @@ def test_inspect(hpccr: Call, step: Step) -> None:
 def test_verify(hpccr: Call, step: Step) -> None:
     assert hpccr("verify", "17").code == 0
     path = the_pack(step.checkpoint(2).capsule_path(1))
-    path.write_bytes(b"X" + path.read_bytes()[1:])
+    data = path.read_bytes()
+    path.write_bytes(b"X" + data[1:])
     shown = hpccr("verify", "17")
     assert shown.code == 12 and f"{path}: has been changed" in shown.out
     found = hpccr("verify", "17", "2", "--json")
     assert found.code == 12 and found.json["ok"] is False and found.json["findings"][0]["path"] == str(path)
     assert hpccr("verify", "17", "1").code == 0
+    # What is known to be damaged is restored by nobody, until it is found whole.
+    assert [c.sequence for c in step.complete()] == [1]
+    assert "found damaged" in hpccr("status", "17").out
+    path.write_bytes(data)
+    assert hpccr("verify", "17", "2").code == 0
+    assert [c.sequence for c in step.complete()] == [2, 1]
+    assert hpccr("verify", "17", "3").code == 12  # never finished: there is nothing to mark
+    assert not (step.checkpoint(3).path / "damaged.json").exists()
 
 
 def test_gc(hpccr: Call, step: Step) -> None:
@@ -362,8 +372,17 @@ def test_inspect_says_what_is_stored(hpccr: Call, step: Step) -> None:
     stored = hpccr("inspect", "17", "--json").json["stored"]
     assert [found["capsule"] for found in stored] == [0, 1] and all(found["own"] < found["shared"] for found in stored)
     assert "STORED" in hpccr("inspect", "17").out
-    (step.checkpoint(2).capsule_path(1) / "index.bin").unlink()
-    assert hpccr("inspect", "17", "2").code == 0
+
+
+def test_inspect_of_what_is_damaged(hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows what can be read, and says what cannot."""
+    monkeypatch.setattr(test_store, "IMAGE", msgspec.structs.replace(IMAGE, files=3))
+    write(step.checkpoint(4))
+    for capsule in range(2):
+        (step.checkpoint(4).capsule_path(capsule) / "index.bin").unlink()
+    shown = hpccr("inspect", "17", "4")
+    assert shown.code == 0 and "CAPSULE" in shown.out and "job's files cannot be read: " in shown.out
+    assert hpccr("inspect", "17", "4", "--json").json["files"] is None
 
 
 def test_status_of_a_step_that_does_not_run(hpccr: Call, step: Step) -> None:

@@ -13,7 +13,7 @@ from test_noded_transfer import KEY, USER, Peer, Scripted, entry, fragment, serv
 
 from hpccr.errors import CorruptError
 from hpccr.model import Fragment, StepKey
-from hpccr.noded import kept, transfer
+from hpccr.noded import daemon, kept, transfer
 from hpccr.noded.spool import Limits, Spool
 from hpccr.noded.transfer import FetchJob, Finished, FlushJob
 
@@ -75,8 +75,8 @@ def fetch(spool: Spool, script: Callable[[Peer], None], directory: str = "/s", *
         user=USER,
         key=KEY.secret,
         directory=directory,
-        room=1 << 40,
         limits=spool.limits,
+        claimed=0,
         step=wanted.key,
         checkpoint=wanted.checkpoint,
         sequence=wanted.sequence,
@@ -150,6 +150,13 @@ def test_only_the_newest_of_a_capsule_stays(spool: Spool) -> None:
     assert set(other) < {image.name for image in spool.kept()}
 
 
+def test_a_flush_that_ends_late_takes_no_newer_image_away(spool: Spool) -> None:
+    """The last one before a requeue does not wait for the one before it, and is in more of a hurry."""
+    newer = flush(spool, sequence=10)
+    assert flush(spool, sequence=9) == newer
+    assert os.listdir(spool.root) == newer
+
+
 def test_limits(tmp_path: Path) -> None:
     size = sealed().bytes
     spool = Spool(Limits(str(tmp_path / "spool"), size=3 * size))
@@ -190,6 +197,17 @@ def test_time_goes_by(spool: Spool) -> None:
     assert spool.expire(60.0, now=since + 59) == []
     assert spool.leftovers() == []
     assert spool.expire(60.0, now=since + 61) == [name]
+
+
+def test_what_a_transfer_left_goes_while_hpccrd_runs(spool: Spool) -> None:
+    """One that outlived the hpccrd which started it, and then failed: nobody else knows of its directory."""
+    (kept_image,) = flush(spool)
+    under_way, left = spool.create("under-way"), spool.create("left")
+    left.release()
+    (removed,) = daemon.tidy(spool, 60.0)
+    assert removed.startswith(left.path)
+    assert sorted(os.listdir(spool.root)) == sorted([kept_image, under_way.name])
+    under_way.remove()
 
 
 def test_a_step_that_is_over(spool: Spool) -> None:

@@ -6,7 +6,10 @@ import contextlib
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from hpccr.noded.transfer import FetchJob, FlushJob
 
 KEY = SiteKey(bytes(range(32)))
 STEP = StepKey(cluster="c", job="17", step="0")
-USER = User(uid=1001, gid=1001, groups=(), home="/")
+USER = User(uid=1001, gid=1001, groups=())
 IMAGE = CapsuleImage(root_pid=300, max_pid=301, tasks=2, stdio=Stdio(1, 2, 2))
 
 
@@ -119,23 +122,41 @@ def flush(tmp_path: Path, script: Callable[[Peer], None], files: dict[str, bytes
 
 
 def fetch(
-    tmp_path: Path, script: Callable[[Peer], None], *, room: int = 1 << 30, name: str = "spool", stall: float = 10.0
+    tmp_path: Path,
+    script: Callable[[Peer], None],
+    *,
+    size: int = 0,
+    claimed: int = 0,
+    name: str = "spool",
+    stall: float = 10.0,
+    marks: list[str] | None = None,
 ) -> Any:
+    """marks: what the store was told of damage."""
     directory = spool(tmp_path / name)
     job = FetchJob(
         user=USER,
         key=KEY.secret,
         directory="/s",
-        room=room,
-        limits=Limits(str(tmp_path)),
+        limits=Limits(str(tmp_path), size=size),
+        claimed=claimed,
         step=STEP,
         checkpoint="0" * 32,
         sequence=3,
         capsule=0,
         capsules=1,
     )
+
+    def mark(peer: Peer) -> None:
+        message = peer.hear()
+        assert message["t"] == "mark" and message["directory"] == "/s"
+        if marks is not None:
+            marks.append(message["what"])
+        peer.say(t="ok")
+
     try:
-        return transfer.fetch(job, directory, worker=lambda mode, user: Scripted(script, stall))
+        return transfer.fetch(
+            job, directory, worker=lambda mode, user: Scripted(mark if mode == "mark" else script, stall)
+        )
     finally:
         os.close(directory)
 
@@ -377,9 +398,100 @@ def test_fetch_refuses_a_seal_of_another_key(tmp_path: Path) -> None:
 
 def test_fetch_asks_for_room_before_it_writes(tmp_path: Path) -> None:
     made = fragment(files=(FileEntry(name="a.img", size=2 << 20, digest="0" * 64),))
-    with pytest.raises(HpccrError, match="2 MiB and the spool of this node has 1 MiB"):
-        fetch(tmp_path, serving(made, {}), room=(2 << 20) - 1)
-    assert os.listdir(tmp_path / "spool") == []
+    for number, limits in enumerate(({"size": (2 << 20) - 1}, {"size": 3 << 20, "claimed": (1 << 20) + 1})):
+        with pytest.raises(HpccrError, match="2 MiB and the spool of this node has 1 MiB"):
+            fetch(tmp_path, serving(made, {}), name=f"spool{number}", **limits)
+        assert os.listdir(tmp_path / f"spool{number}") == []
+
+
+def test_fetches_at_the_same_time_share_the_room(tmp_path: Path) -> None:
+    """The room of one is taken as soon as it is known, before anything comes."""
+    content = os.urandom(2 << 20)
+    made = fragment(files=(entry("a.img", content),))
+    second: list[BaseException] = []
+
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="fragment", fragment=msgspec.json.encode(KEY.seal(made)))
+        peer.hear()  # it has reserved its room, and asks for the file
+        try:
+            fetch(tmp_path, serving(made, {"a.img": content}), size=3 << 20, name="other")
+        except HpccrError as error:
+            second.append(error)
+        for start in (0, 1 << 20):
+            peer.say(t="data", data=content[start : start + (1 << 20)])
+        peer.say(t="end")
+
+    fetch(tmp_path, worker, size=3 << 20)
+    assert "the spool of this node has 1 MiB" in str(second[0])
+    assert (tmp_path / "spool" / "a.img").read_bytes() == content
+
+
+def test_damage_is_told_to_the_store_and_a_foreign_seal_is_not(tmp_path: Path) -> None:
+    made = fragment(files=(entry("a.img", b"hello"),))
+    marks: list[str] = []
+    with pytest.raises(CorruptError):
+        fetch(tmp_path, serving(made, {"a.img": b"hellO"}), name="changed", marks=marks)
+    assert marks.pop().startswith("/s/a.img is damaged")
+
+    def complaining(peer: Peer) -> None:
+        peer.hear()
+        peer.say(t="error", message="index.bin is missing", hint="", code=12)
+
+    with pytest.raises(CorruptError):
+        fetch(tmp_path, complaining, name="missing", marks=marks)
+    assert marks.pop() == "index.bin is missing"
+    with pytest.raises(CorruptError, match="seal"):
+        fetch(tmp_path, serving(made, {}, key=SiteKey(bytes(32))), name="foreign", marks=marks)
+    with pytest.raises(HpccrError, match="Stale"):
+        fetch(
+            tmp_path,
+            lambda peer: peer.hear() and peer.say(t="error", message="Stale file handle", hint="", code=1),
+            name="stale",
+            marks=marks,
+        )
+    assert marks == []
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_worker_that_only_seems_to_work_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    """It says something now and then, but for the bytes there were it takes too long."""
+    monkeypatch.setattr(storeworker, "SLOWEST", 1 << 30)
+
+    def worker(peer: Peer) -> None:
+        peer.hear()
+        if opened:
+            peer.say(t="ok")
+        with contextlib.suppress(OSError):
+            while True:
+                peer.say(t="moved", done=0, files=0)
+                time.sleep(0.02)
+
+    with pytest.raises(HpccrError, match="MiB a second"):
+        flush(tmp_path, worker, {"a.img": b"x"}, stall=0.3)
+
+
+YIELDING = """
+import ctypes, os, sys
+from hpccr.noded import transfer
+transfer.yield_to_the_job(10)
+number = {"x86_64": 252, "aarch64": 31, "ppc64le": 274, "riscv64": 31}[os.uname().machine]
+group = open("/proc/self/autogroup").read().split()[-1] if os.path.exists("/proc/self/autogroup") else "10"
+print(os.nice(0), ctypes.CDLL(None).syscall(number, 1, 0), group)
+"""
+
+
+def test_a_flush_has_low_priorities() -> None:
+    """Of the processor, of its session's group where the kernel has such, and of the disk (ioprio_get(2))."""
+    done = subprocess.run(
+        [sys.executable, "-c", YIELDING], capture_output=True, text=True, check=True, start_new_session=True,
+        cwd=Path(transfer.__file__).parents[2],
+    )  # fmt: skip
+    nice, priority, group = map(int, done.stdout.split())
+    assert (nice, priority >> 13, priority & 7) == (10, 2, 7)
+    assert group in (10, 0)  # 0: there is such a file, but grouping is off
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,5 +1,6 @@
 """The store: what is published is whole, what is incomplete is never taken for complete, gc keeps what is needed."""
 
+import errno
 import itertools
 import os
 import random
@@ -28,7 +29,7 @@ from hpccr.model import (
     StepRecord,
     Stream,
 )
-from hpccr.store import events, gc, index, publish
+from hpccr.store import damage, events, gc, index, publish
 from hpccr.store.blocks import Writer
 from hpccr.store.layout import FLUSH_STALE, Checkpoint, State, Step, Store
 from hpccr.store.lineage import BLOCK, inherit
@@ -129,7 +130,7 @@ def step(tmp_path: Path) -> Step:
 class Crash:
     """Makes the n-th system call that changes the store the last thing this process does."""
 
-    CALLS = ("mkdir", "open", "write", "fsync", "link", "rename", "unlink")
+    CALLS = ("mkdir", "open", "write", "fsync", "link", "rename", "unlink", "rmdir", "utime")
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -435,9 +436,10 @@ def test_what_gc_may_remove(states: list[tuple[State, float]], keep: int) -> Non
     assert left == complete[-keep:]
     for entry in entries:
         if entry.sequence in removed:
-            assert entry.sequence < complete[-1]
             assert entry.state is not State.FLUSHING
             assert entry.state is State.COMPLETE or 10_000 - entry.changed > gc.GRACE
+        elif entry is not entries[-1] and entry.state is State.INCOMPLETE:
+            assert 10_000 - entry.changed <= gc.GRACE, "failed ones pile up"
     if entries:
         assert entries[-1].sequence not in removed, "its number could be used again"
 
@@ -458,6 +460,64 @@ def test_gc_removes_what_is_old_and_nothing_else(step: Step) -> None:
     assert [c.sequence for c in step.checkpoints()] == [6, 5, 4]
     assert not any(name.startswith(".tmp") for name in os.listdir(step.path))
     assert gc.collect(step, keep=2, now=later).removed == ()
+
+
+def test_failed_checkpoints_do_not_pile_up(step: Step) -> None:
+    """Where none completes any more, because the store is full of them."""
+    write(step.checkpoint(1))
+    for sequence in (2, 3, 4):
+        write_manifest(step.checkpoint(sequence), 2)
+        write_capsule(step.checkpoint(sequence), 0, 2)
+    assert gc.collect(step, keep=2).removed == (), "changed a moment ago"
+    assert gc.collect(step, keep=2, now=time.time() + 2 * gc.GRACE).removed == (3, 2)
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_not_counted_nor_built_upon(step: Step) -> None:
+    """After a fall back the job makes the very pages again that were damaged."""
+    for sequence in (1, 2):
+        write(step.checkpoint(sequence))
+    flip(the_pack(step.checkpoint(2).capsule_path(0)))
+    damage.mark(step.checkpoint(2).path, "a pack has been changed")
+    assert [c.sequence for c in step.complete()] == [1]
+    assert "found damaged: a pack" in step.checkpoint(2).state().problem
+    write(step.checkpoint(3))
+    assert gc.collect(step, keep=2, now=time.time() + 2 * gc.GRACE).removed == (2,)
+    assert [c.sequence for c in step.complete()] == [3, 1]
+    assert verify(step.checkpoint(3)) == verify(step.checkpoint(1)) == []
+    damage.unmark(step.checkpoint(3).path)
+
+
+def test_what_a_flush_would_refer_to_is_read_again(step: Step) -> None:
+    """Damage to a pack does not reach the next checkpoint, and is told."""
+    write(step.checkpoint(1))
+    flip(the_pack(step.checkpoint(1).capsule_path(0)))
+    write(step.checkpoint(2))
+    assert verify(step.checkpoint(2)) == []
+    assert [c.sequence for c in step.complete()] == [2]
+    assert str(the_pack(step.checkpoint(1).capsule_path(0))) in step.checkpoint(1).state().problem
+
+
+def test_what_cannot_be_read_now_is_not_damaged(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write(step.checkpoint(1))
+    real = os.open
+
+    def failing(path: os.PathLike[str] | str, *args: int, **kwargs: int) -> int:
+        if str(path).endswith(".pack"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    found = verify(checkpoint)
+    assert found and not any(finding.damage for finding in found)
 
 
 def test_gc_leaves_a_flush_alone(step: Step) -> None:

@@ -61,6 +61,16 @@ def test_only_complete_checkpoints_go_out(step: Step) -> None:
         exported(step.checkpoint(3))
 
 
+@pytest.mark.parametrize("name", ["*.pack", "fragment.json", "index.bin"])
+def test_what_is_damaged_does_not_go_out(step: Step, name: str) -> None:
+    """Whoever has the archive may remove the original."""
+    path = next(step.checkpoint(2).capsule_path(1).glob(name))
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    with pytest.raises((CorruptError, NoCheckpointError)):
+        exported(step.checkpoint(2))
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_archive_leaves_nothing(step: Step, tmp_path: Path, data: st.DataObject) -> None:
@@ -85,7 +95,17 @@ def test_a_damaged_archive_leaves_nothing(step: Step, tmp_path: Path, data: st.D
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd", "../x", "tb-17/0/../../x", "tb-17/0/endpoint.json", "tb-17/0/ckpt-000001/capsule-0/x.img", "tb-17"],
+    [
+        "/etc/passwd",
+        "../x",
+        "../0/step.json",
+        "../7/ckpt-000001/capsule-0/0123456789abcdef.pack",
+        "nojob/0/step.json",
+        "tb-17/0/../../x",
+        "tb-17/0/endpoint.json",
+        "tb-17/0/ckpt-000001/capsule-0/x.img",
+        "tb-17",
+    ],
 )
 def test_no_other_name_is_taken(tmp_path: Path, name: str) -> None:
     out = io.BytesIO()

@@ -144,7 +144,10 @@ def flush(checkpoint: Checkpoint, capsule: int, files: Content) -> int:
 
     thread = threading.Thread(target=root)
     thread.start()
-    return worker.serve("flush", theirs)
+    with ours:
+        code = worker.serve("flush", theirs)
+        thread.join()
+    return code
 
 
 def restored(checkpoint: Checkpoint, capsule: int) -> Content:

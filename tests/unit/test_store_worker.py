@@ -1,9 +1,11 @@
 """The store worker over its real socket, in a process of its own, as hpccrd runs it."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +20,8 @@ from hypothesis import strategies as st
 
 import hpccr
 from hpccr.model import FlushProgress
-from hpccr.store import worker
-from hpccr.store.publish import read
+from hpccr.store import damage, worker
+from hpccr.store.publish import make_directory, read
 
 SOURCE = str(Path(hpccr.__file__).parent.parent)
 
@@ -79,8 +81,8 @@ class Peer:
 
 
 @contextmanager
-def process(mode: str) -> Iterator[tuple[Peer, "subprocess.Popen[bytes]"]]:
-    """`python -m hpccr.store.worker MODE` with its socket on descriptor 3."""
+def process(mode: str, ids: tuple[int, ...] = ()) -> Iterator[tuple[Peer, "subprocess.Popen[bytes]"]]:
+    """`python -m hpccr.store.worker MODE UID GID GROUP...` with its socket on descriptor 3."""
     ours, theirs = socket.socketpair()
     code = f"import sys; sys.path.insert(0, {SOURCE!r}); from hpccr.store import worker; sys.exit(worker.main())"
 
@@ -89,7 +91,10 @@ def process(mode: str) -> Iterator[tuple[Peer, "subprocess.Popen[bytes]"]]:
 
     with ours:
         with theirs:
-            child = subprocess.Popen([sys.executable, "-I", "-c", code, mode], preexec_fn=to_three, pass_fds=(3,))
+            arguments = map(str, ids or (os.getuid(), os.getgid()))
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-c", code, mode, *arguments], preexec_fn=to_three, pass_fds=(3,)
+            )
         with child:
             try:
                 yield Peer(ours), child
@@ -116,6 +121,7 @@ def thread(mode: str) -> Iterator[Peer]:
 def test_a_fragment_goes_up_and_comes_back_unchanged(tmp_path: Path) -> None:
     directory = tmp_path / "cluster-1" / "0" / "ckpt-000001" / "capsule-0"
     files = {"pages-1.img": os.urandom(3 * worker.MAX_DATA + 17), "empty.img": b"", "core-5.img": b"x"}
+    make_directory(directory.parent)
     with process("flush") as (peer, child):
         peer.send(t="open", directory=str(directory), total=sum(map(len, files.values())))
         assert peer.receive() == {"t": "ok"}
@@ -144,6 +150,46 @@ def test_a_fragment_goes_up_and_comes_back_unchanged(tmp_path: Path) -> None:
         peer.sock.shutdown(socket.SHUT_WR)
         assert peer.receive() is None
         assert child.wait(timeout=20) == 0
+
+
+def test_the_user_cannot_trace_it() -> None:
+    """It has the user's ids and no right; and it is not dumpable: it is outside of any job, and nobody gets into it."""
+    uid, gid = (1001, 1002) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    with tempfile.TemporaryDirectory(dir="/tmp") as place, process("flush", (uid, gid)) as (peer, child):
+        os.chown(place, uid, gid)
+        peer.send(t="open", directory=f"{place}/capsule-0", total=0)
+        assert peer.receive() == {"t": "ok"}
+        proc = Path("/proc", str(child.pid))
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        assert status["Uid"].split() == [str(uid)] * 4 and status["Gid"].split() == [str(gid)] * 4
+        assert [int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh")] == [0, 0, 0]
+        assert status["NoNewPrivs"].strip() == "1"
+        limits = (proc / "limits").read_text()
+        assert re.search(r"Max core file size +0 +0 ", limits)
+        assert re.search(r"Max open files +\d{1,4} +\d{1,4} ", limits)
+        # What belongs to root in /proc belongs to a process that is not dumpable (proc(5)).
+        assert {(proc / name).stat().st_uid for name in ("mem", "environ", "fd")} == {0}
+        assert Path(place, "capsule-0").stat().st_uid == uid
+
+
+def test_nothing_is_written_where_the_store_is_not(tmp_path: Path) -> None:
+    """The checkpoint's directory was there when its manifest was written: what is missing is a file system."""
+    with thread("flush") as peer:
+        peer.send(t="open", directory=str(tmp_path / "ckpt-000001" / "capsule-0"), total=0)
+        answer = peer.receive()
+    assert answer["t"] == "error" and "mounted" in answer["hint"] and str(tmp_path / "ckpt-000001") in answer["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_marked(tmp_path: Path) -> None:
+    directory = tmp_path / "ckpt-000001" / "capsule-0"
+    make_directory(directory)
+    with thread("mark") as peer:
+        peer.send(t="mark", directory=str(directory), what="a pack is missing")
+        assert peer.receive() == {"t": "ok"}
+    assert damage.found(directory.parent) == "it was found damaged: a pack is missing"
+    damage.unmark(directory.parent)
+    assert damage.found(directory.parent) == ""
 
 
 def test_progress_is_rewritten_while_nothing_comes(tmp_path: Path) -> None:
@@ -307,6 +353,10 @@ def test_fetch_says_what_is_missing(tmp_path: Path) -> None:
         assert answer["code"] == 12 and pack.name in answer["message"]
         pack.unlink(missing_ok=True)
         pack.write_bytes(data)
+    (directory / "fragment.json").write_bytes(b"[]")
+    answer = ask("pages.img")
+    assert answer["code"] == 12 and "fragment.json" in answer["message"]
+    assert "fragment.json" in damage.found(tmp_path), "root would only say that the seal is wrong"
     (directory / "index.bin").unlink()
     answer = ask("pages.img")
     assert answer["code"] == 12 and "index.bin" in answer["message"]
