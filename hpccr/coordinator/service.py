@@ -172,8 +172,10 @@ class Boot:
                 self._request(phase, capsules)
             case plan.Running(restored):
                 self._running(restored)
-            case plan.AllQuiesced(ranks):
-                self._event("quiesced", ranks=ranks, seconds=time.monotonic() - self._asked)
+            case plan.AllQuiesced(ranks, uncounted):
+                if uncounted:
+                    log.info("messages of %d ranks are not counted: libhpccr_mpi is not loaded", uncounted)
+                self._event("quiesced", ranks=ranks, uncounted=uncounted, seconds=time.monotonic() - self._asked)
             case plan.NotQuiesced(why):
                 log.warning("checkpointing the job where it is: %s", why)
                 self._event("not-quiesced", why=why)
@@ -416,8 +418,10 @@ class Boot:
         quiesce = quiesce or self._config.quiesce.mode
         if hurry and quiesce == "require":
             quiesce = "prefer"  # what would be lost otherwise is worth more
-        if hurry and self.state.phase in plan.QUIESCE:
-            self.feed(plan.Cancel("Slurm is about to end the job"))  # its ranks may be waited for longer than that
+        if hurry:
+            self._patience = min(self._config.quiesce.timeout, HURRY)  # also of the one that is being prepared
+            if self.state.phase in plan.QUIESCE:
+                self.feed(plan.Cancel("Slurm is about to end the job"))  # its ranks may be waited for longer than that
         async with self._turn:
             self._patience = min(self._config.quiesce.timeout, HURRY) if hurry else self._config.quiesce.timeout
             self._asked = time.monotonic()
