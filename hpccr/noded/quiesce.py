@@ -150,7 +150,9 @@ class Ranks:
             return False
         os.set_inheritable(fds[0], False)
         self._fd = fds[0]
-        if self._get(0) != MAGIC:
+        if (magic := self._get(0)) != MAGIC:
+            if magic:
+                print(f"hpccr: {PATH} is of another version of hpccr's MPI library: no rank is asked", file=sys.stderr)
             os.close(self._fd)
             self._fd = -1
             return False

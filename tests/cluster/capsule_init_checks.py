@@ -334,7 +334,7 @@ def processes_of_user() -> list[str]:
 HOSTILE_PAGES = """
     import os, struct, sys
     page = "/dev/shm/hpccr-quiesce"
-    magic, entry = struct.pack("<QQ", 0x3130514343504848, 1 << 40), struct.pack("<QIIIIII96x", 5, 1, 2, 0, 0, 1, 0)
+    magic, entry = struct.pack("<QQ", 0x3230514343504848, 1 << 40), struct.pack("<QIIIIII96x", 5, 1, 2, 0, 0, 1, 0)
 
     def whole():
         with open(page, "wb") as file:
