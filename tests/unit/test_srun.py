@@ -545,6 +545,28 @@ def test_what_the_user_has_set_for_mpi_is_kept_by_export() -> None:
     assert b"MINE" in exported(Options(["--export=MINE", "true"], {}), environ, [])
 
 
+LOST = """
+import os, select, socket, struct, sys
+sys.path.append({path!r})
+from hpccr.capsule.step.tasks import Input, Run, Streams
+run = Run(kill_on_bad_exit=False, wait=0, limit=None)
+with socket.create_server(("127.0.0.1", 0)) as server:
+    near = socket.create_connection(server.getsockname())
+    far = server.accept()[0]
+far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+far.close()
+select.select([near], [], [])
+task = run.add(0, "hpccr-0", near, b"request", Streams({{}}, b"", unbuffered=False))
+source = Input(run.loop, os.pipe()[0], [task])
+sys.exit(bool(source._credit) or run.finish() != 1)
+"""
+
+
+def test_a_task_that_is_lost_at_once_does_not_hold_up_the_input_of_the_others() -> None:
+    code = LOST.format(path=str(Path(__file__).parents[2]))
+    assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE, check=False).returncode == 0
+
+
 def test_a_wait_that_was_stopped_begins_anew() -> None:
     assert client.renewed(100.0, 99.0, 30.0) == client.renewed(100.0, 101.0, 30.0) == 100.0
     assert client.renewed(100.0, 160.0, 30.0) == 190.0
