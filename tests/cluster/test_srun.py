@@ -36,14 +36,12 @@ echo "ended with $?"
 LAYOUTS = """\
 who='echo $SLURM_PROCID $SLURM_LOCALID $SLURM_NODEID $SLURM_GTIDS $SLURMD_NODENAME $SLURM_NTASKS $SLURM_NNODES
     $SLURM_TASKS_PER_NODE $SLURM_STEP_TASKS_PER_NODE $SLURM_STEP_NODELIST $SLURM_NODELIST $SLURM_STEP_NUM_TASKS
-    $SLURM_CPUS_PER_TASK $SLURM_DISTRIBUTION $SLURM_JOB_NAME $SLURM_NPROCS $SLURM_STEP_NUM_NODES $SLURM_UMASK'
+    $SLURM_CPUS_PER_TASK $SLURM_DISTRIBUTION $SLURM_JOB_NAME'
 who=$(echo $who)
 srun sh -c "$who" | sort
 srun -n5 --distribution=cyclic --label sh -c "$who" 2>/dev/null | sort
 srun -n3 -N2 -J other -o 'who.%2t.%n' sh -c "$who"; head who.*; rm who.*
 srun -n1 -N1 -r1 sh -c "$who"
-srun -n4 --ntasks-per-node=2 sh -c "$who" | sort
-srun --ntasks-per-node=1 -N2 sh -c "$who" 2>/dev/null | sort
 srun -N1 sh -c "$who" | sort
 srun -N1-2 -n2 -m block:cyclic sh -c "$who" | sort
 srun -n2 -N1 -c2 -l sh -c "$who; echo error >&2" 2>&1 | sort
