@@ -49,6 +49,8 @@ struct page *hpccr_page(void)
 	if (page == MAP_FAILED)
 		return &nobody_asks;
 	if (!atomic_compare_exchange_strong(&page->magic, &magic, HPCCR_MAGIC) && magic != HPCCR_MAGIC) {
+		fprintf(stderr, "hpccr: safe points are without effect: %s was made by another version of hpccr's MPI library\n",
+			HPCCR_PAGE);
 		munmap(page, sizeof *page);
 		return &nobody_asks;
 	}
@@ -80,19 +82,22 @@ static int in_use(struct entry *entry)
 {
 	pid_t pid = (pid_t)atomic_load(&entry->pid);
 
-	return pid == getpid() || kill(pid, 0) == 0 || errno != ESRCH;
+	return pid && (pid == getpid() || kill(pid, 0) == 0 || errno != ESRCH);
 }
 
-struct entry *hpccr_claim(struct page *page)
+struct entry *hpccr_claim(struct page *page, int first)
 {
-	static struct entry spare;
-	struct entry *entry = &spare;
+	struct entry *entry;
 	uint64_t claimed, place;
 	int fd;
 
 	if (page == &nobody_asks || (fd = lock()) < 0)
-		return &spare;
+		return calloc(1, sizeof *entry);
 	claimed = atomic_load(&page->claimed);
+	/* Of one that had this process's number and died without MPI_Finalize. */
+	for (place = 0; first && place < claimed && place < HPCCR_ENTRIES; place++)
+		if ((pid_t)atomic_load(&page->entries[place].pid) == getpid())
+			atomic_store(&page->entries[place].pid, 0);
 	for (place = 0; place < claimed && place < HPCCR_ENTRIES && in_use(&page->entries[place]); place++)
 		;
 	if (place < HPCCR_ENTRIES) {
@@ -109,6 +114,10 @@ struct entry *hpccr_claim(struct page *page)
 		atomic_store(&entry->gap, 0);
 		if (place == claimed)
 			atomic_store(&page->claimed, claimed + 1);
+	} else {
+		entry = calloc(1, sizeof *entry);
+		fprintf(stderr, "hpccr: %d sets of communicators times ranks have safe points on this node; those of one more "
+				"cannot be waited for by checkpoints\n", HPCCR_ENTRIES);
 	}
 	close(fd);
 	return entry;

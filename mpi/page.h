@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #define HPCCR_PAGE "/dev/shm/hpccr-quiesce"
-#define HPCCR_MAGIC UINT64_C(0x3130514343504848)
+#define HPCCR_MAGIC UINT64_C(0x3230514343504848)
 #define HPCCR_ENTRIES 1024
 
 enum { ENTRY_FREE = 0, ENTRY_ACTIVE = 1, ENTRY_GONE = 2 };
@@ -36,10 +36,12 @@ struct page {
 	/* By init only, each the number of a question, from 1 on; a line of its own that ranks only read. */
 	_Atomic uint64_t asked;
 	_Atomic uint64_t ended;
-	_Atomic uint64_t outcome; /* of the one that ended last */
+	_Atomic uint64_t outcomes[2]; /* of the newest questions that ended: of an even one, of an odd one */
 	_Atomic uint64_t targeted;
 	_Atomic uint64_t go;
-	uint64_t unused2[4096 / 8 - 13];
+	_Atomic uint64_t restarts; /* not a question: how often this page has been restored */
+	_Atomic uint64_t patience; /* nor this: milliseconds that traffic is waited for without progress */
+	uint64_t unused2[4096 / 8 - 16];
 	struct entry entries[HPCCR_ENTRIES];
 };
 
@@ -49,7 +51,8 @@ _Static_assert(sizeof(struct page) == 4096 + 128 * HPCCR_ENTRIES, "layout");
 /* The page of this capsule; outside of one, or if there can be none, a private one in which nothing is ever asked. */
 struct page *hpccr_page(void);
 
-/* An entry of the page for this process, in state ENTRY_FREE; a private one if there is none left. */
-struct entry *hpccr_claim(struct page *page);
+/* An entry of the page for this process, in state ENTRY_FREE; a private one if there is none left, and a word about that on
+ * stderr. first: it is the first of this process. NULL: no memory. */
+struct entry *hpccr_claim(struct page *page, int first);
 
 #endif

@@ -34,7 +34,8 @@ static struct group *groups;
 static int group_key = MPI_KEYVAL_INVALID;
 static MPI_Comm last_comm = MPI_COMM_NULL;
 static struct group *last_group;
-static uint64_t handled; /* the newest question that this process is done with */
+static uint64_t handled;  /* the newest question that this process is done with */
+static uint64_t restarts; /* those it has heard of */
 static struct hook *quiesce_hooks, *resume_hooks, *restart_hooks;
 
 static int forget(MPI_Comm comm, int key, void *value, void *extra)
@@ -111,15 +112,19 @@ static struct group *enter(MPI_Comm comm)
 		PMPI_Bcast(&name, 1, MPI_UINT64_T, 0, own);
 		group->own = own;
 		group->ranks = ranks;
-		group->entry = hpccr_claim(page);
+		group->entry = hpccr_claim(page, !groups);
+		if (!group->entry)
+			abort();
 		group->entry->group = name;
 		group->entry->size = (uint32_t)size;
 		group->entry->rank = (uint32_t)rank;
 		group->entry->world = (uint32_t)world;
 		atomic_store(&group->entry->state, ENTRY_ACTIVE);
 		/* After that: a question from now on finds the entry. */
-		if (!groups)
+		if (!groups) {
 			handled = atomic_load(&page->ended);
+			restarts = atomic_load(&page->restarts);
+		}
 		group->next = groups;
 		groups = group;
 	}
@@ -149,19 +154,27 @@ static void call_all(struct hook *hook)
 		hook->function(hook->argument);
 }
 
-/* A question is open. Stand still if this is the safe point that was agreed on. */
-static int stop(struct group *group, uint64_t count)
+static int outcome_of(uint64_t question)
+{
+	return (int)atomic_load(&page->outcomes[question % 2]);
+}
+
+/* A question is open. Stand still until there is an answer, and if this is the safe point that was agreed on, until the
+ * checkpoint is over. Gives what became of it, HPCCR_NOTHING if this rank did not stand meanwhile. quiesced: whether the
+ * hooks of on_quiesce have run. */
+static int stop(struct group *group, uint64_t count, int *quiesced)
 {
 	struct entry *entry = group->entry;
 	unsigned turn = 0;
 	uint64_t asked, ended;
-	int outcome;
+	int outcome = HPCCR_NOTHING;
 
 	while ((asked = atomic_load(&page->asked)) != handled) {
 		/* Which safe point it is to be is decided in a moment, without waiting for any rank. */
 		atomic_store(&entry->waiting, asked);
 		if (atomic_load(&page->ended) >= asked) {
 			handled = asked;
+			outcome = turn ? outcome_of(asked) : HPCCR_NOTHING;
 			continue;
 		}
 		if (atomic_load(&page->targeted) == asked)
@@ -170,7 +183,7 @@ static int stop(struct group *group, uint64_t count)
 		pause_(&turn);
 	}
 	if (asked == handled || atomic_load(&entry->target) != count)
-		return HPCCR_NOTHING;
+		return outcome;
 	atomic_store(&entry->arrived, asked);
 	for (turn = 0;;) {
 		/* In this order: `go` comes before `ended`, and all take part in what follows or none. */
@@ -179,19 +192,38 @@ static int stop(struct group *group, uint64_t count)
 			break;
 		if (ended >= asked) {
 			handled = asked;
-			return (int)atomic_load(&page->outcome);
+			return outcome_of(asked);
 		}
 		progress(group->own);
 		pause_(&turn);
 	}
-	atomic_store(&entry->pending, hpccr_drain(group->own));
+	atomic_store(&entry->pending, hpccr_drain(group->own, atomic_load(&page->patience)));
 	call_all(quiesce_hooks);
+	*quiesced = 1;
 	atomic_store(&entry->finished, asked);
 	for (turn = 0; atomic_load(&page->ended) < asked;)
 		pause_(&turn);
-	outcome = (int)atomic_load(&page->outcome);
 	handled = asked;
-	call_all(outcome == HPCCR_RESTARTED ? restart_hooks : resume_hooks);
+	return outcome_of(asked);
+}
+
+/* Something has been asked, or the program was restored. */
+static int answer(struct group *group, uint64_t count)
+{
+	int quiesced = 0, outcome = HPCCR_NOTHING;
+	uint64_t known;
+
+	if (atomic_load(&page->asked) != handled)
+		outcome = stop(group, count, &quiesced);
+	/* Every rank hears of every restart, wherever it was at the checkpoint. */
+	known = atomic_load(&page->restarts);
+	if (known != restarts) {
+		restarts = known;
+		outcome = HPCCR_RESTARTED;
+		call_all(restart_hooks);
+	} else if (quiesced) {
+		call_all(resume_hooks);
+	}
 	return outcome;
 }
 
@@ -219,9 +251,9 @@ int hpccr_safe_point(MPI_Comm comm)
 	count = atomic_load_explicit(&group->entry->count, memory_order_relaxed) + 1;
 	/* First the count, then the look (sequentially consistent): whoever is not seen here has been counted there. */
 	atomic_store(&group->entry->count, count);
-	if (__builtin_expect(atomic_load(&page->asked) == handled, 1))
+	if (__builtin_expect(atomic_load(&page->asked) == handled && atomic_load(&page->restarts) == restarts, 1))
 		return HPCCR_NOTHING;
-	return stop(group, count);
+	return answer(group, count);
 }
 
 static int add(struct hook **first, hpccr_hook *function, void *argument, int front)

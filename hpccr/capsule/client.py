@@ -28,6 +28,8 @@ HOSTS_FILE = "/etc/hosts"
 CONNECT_TIMEOUT = 30.0
 """Seconds for the other launch root to come up and answer; it may be just starting, or held for a checkpoint."""
 RETRY_PAUSE = 0.1
+STOPPED = 2.0
+"""Seconds by which no wait overruns unless this process stood still: for a checkpoint, or `scontrol suspend`."""
 PIECE = 4096
 """PIPE_BUF: what stdout and stderr, which other processes may share, take without blocking once poll says so."""
 LOST = 255
@@ -120,7 +122,8 @@ def connect(address: str, port: int, secret: bytes, timeout: float) -> _socket.s
             _handshake(sock, secret)
         except OSError as error:
             sock.close()
-            if remaining <= pause:
+            deadline = renewed(deadline, time.monotonic(), timeout)
+            if deadline - time.monotonic() <= pause:
                 raise Failure(f"no answer from {address} port {port} within {timeout:g} s: {error}") from None
         except BaseException:
             sock.close()
@@ -129,6 +132,11 @@ def connect(address: str, port: int, secret: bytes, timeout: float) -> _socket.s
             return sock
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
+
+
+def renewed(deadline: float, now: float, timeout: float) -> float:
+    """The deadline of a wait that should have ended by then: a new one if this process stood still meanwhile."""
+    return now + timeout if now - deadline > STOPPED else deadline
 
 
 def _handshake(sock: _socket.socket, secret: bytes) -> None:

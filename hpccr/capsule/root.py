@@ -218,6 +218,7 @@ class Session:
             self._wire.post(link.WAIT)
         else:
             self._wire.post(link.PLACE, 0, placed)
+            self._root.placed = True
         # Not settle(): it may find the connection gone, and the ledger is in the middle of serving.
 
     # The command
@@ -295,6 +296,8 @@ class LaunchRoot:
         self.index = index
         self.secret = secret
         self.loop = link.Loop()
+        self.placed = False
+        """A session has been given its place, and may have to send that."""
         self._listener = listener
         self._sessions: list[Session] = []
         self._signals = link.SignalPipe(
@@ -318,10 +321,14 @@ class LaunchRoot:
             now = time.monotonic()
             if self._listen_at is not None and self._listen_at <= now:
                 self._listen()
-            for session in list(self._sessions):
-                if session.deadline is not None and session.deadline <= now:
-                    session.expire()
-                session.check()
+            self.placed = True
+            while self.placed:
+                # A session that ends in here may give another one its place, which that has to be told.
+                self.placed = False
+                for session in list(self._sessions):
+                    if session.deadline is not None and session.deadline <= now:
+                        session.expire()
+                    session.check()
         return self._code
 
     def _timeout(self) -> float | None:

@@ -184,15 +184,16 @@ def _move_temporary(result: dict[str, str], private: Sequence[str], warnings: li
 
 def _launchers(rsh: str, *, several: bool) -> list[Setting]:
     lost = "the ranks it starts would be outside the capsules and not be checkpointed"
-    fits: Verdict = lambda value: value == rsh if several else True  # noqa: E731 - with one capsule nothing is launched
+    # With one capsule nothing is launched; and ssh and rsh are in there, beside srun.
+    fits: Verdict = lambda value: not several or value in (rsh, "ssh", "rsh")  # noqa: E731
     return [
-        Setting("HYDRA_LAUNCHER", "rsh", _among({"rsh"}, several), lost, ("HYDRA_BOOTSTRAP",), (BY_SLURM,)),
+        Setting("HYDRA_LAUNCHER", "rsh", _among({"ssh", "rsh"}, several), lost, ("HYDRA_BOOTSTRAP",), (BY_SLURM,)),
         Setting("HYDRA_LAUNCHER_EXEC", rsh, fits, lost, ("HYDRA_BOOTSTRAP_EXEC",)),
         Setting("PRTE_MCA_plm", "ssh", _among({"ssh", "rsh"}, several), lost, (), (BY_SLURM,)),
         Setting("PRTE_MCA_plm_ssh_agent", rsh, fits, lost),
         Setting("OMPI_MCA_plm", "rsh", _among({"ssh", "rsh"}, several), lost, (), (BY_SLURM,)),
         Setting("OMPI_MCA_plm_rsh_agent", rsh, fits, lost),
-        Setting("I_MPI_HYDRA_BOOTSTRAP", "rsh", _among({"rsh"}, several), lost, (), (BY_SLURM,)),
+        Setting("I_MPI_HYDRA_BOOTSTRAP", "rsh", _among({"ssh", "rsh"}, several), lost, (), (BY_SLURM,)),
         Setting("I_MPI_HYDRA_BOOTSTRAP_EXEC", rsh, fits, lost),
     ]
 

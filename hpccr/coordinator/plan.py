@@ -1,7 +1,8 @@
 """The protocols of a step as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
-Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: ask, arrive, finish (the
-quiesce, where ranks take part in one), then prepare, freeze, survey, dump, (record,) release, flush.
+Boot: create, connect, then start, or fetch, roll back, restore, resume, unhold. Checkpoint: prepare, which may take
+long and be refused; ask, arrive, finish (the quiesce, where ranks take part in one); then freeze, survey, dump,
+(record,) release, flush.
 Each phase sends one request to every capsule and ends when every capsule has answered; the barrier between two
 phases is what makes a checkpoint all or nothing. No capsule is released before every capsule is dumped: a message
 sent by a released capsule to one not yet dumped would be received twice.
@@ -28,10 +29,10 @@ class Phase(enum.StrEnum):
     RESUMING = "resuming"
     UNHOLDING = "unholding"
     RUNNING = "running"
+    PREPARING = "preparing"
     ASKING = "asking"
     ARRIVING = "arriving"
     FINISHING = "finishing"
-    PREPARING = "preparing"
     FREEZING = "freezing"
     SURVEYING = "surveying"
     DUMPING = "dumping"
@@ -56,7 +57,7 @@ BOOT = (
     Phase.UNHOLDING,
 )
 QUIESCE = (Phase.ASKING, Phase.ARRIVING, Phase.FINISHING)
-UNFROZEN = (*QUIESCE, Phase.PREPARING)
+UNFROZEN = (Phase.PREPARING, *QUIESCE)
 """Phases of a checkpoint, some of them long, in which nothing stands still yet."""
 ABORTABLE = (*UNFROZEN, Phase.FREEZING, Phase.SURVEYING, Phase.DUMPING, Phase.RECORDING)
 CHECKPOINT = (*ABORTABLE, Phase.RELEASING, Phase.ABORTING)
@@ -70,10 +71,10 @@ _EXPECTED: dict[Phase, type[m.Message]] = {
     Phase.RESTORING: m.Restored,
     Phase.RESUMING: m.Resumed,
     Phase.UNHOLDING: m.Unheld,
+    Phase.PREPARING: m.Prepared,
     Phase.ASKING: m.Quiesced,
     Phase.ARRIVING: m.Quiesced,
     Phase.FINISHING: m.Quiesced,
-    Phase.PREPARING: m.Prepared,
     Phase.FREEZING: m.Frozen,
     Phase.SURVEYING: m.Surveyed,
     Phase.DUMPING: m.Dumped,
@@ -204,9 +205,13 @@ class Running:
 
 @dataclass(frozen=True)
 class AllQuiesced:
-    """That many ranks stand at a safe point, their traffic finished and their hooks run."""
+    """That many ranks stand at a safe point, their traffic finished and their hooks run.
+
+    uncounted: those of them whose messages nobody has counted.
+    """
 
     ranks: int
+    uncounted: int = 0
 
 
 @dataclass(frozen=True)
@@ -332,8 +337,7 @@ def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         case Ask(attempt):
             if state.phase is not Phase.RUNNING or (state.flushing and not attempt.kill):
                 raise ValueError(f"a checkpoint cannot begin while {state.phase}, flushing {sorted(state.flushing)}")
-            first = Phase.PREPARING if attempt.quiesce == "off" else Phase.ASKING
-            return _enter(dataclasses.replace(state, attempt=attempt, failure=None, targets=()), first)
+            return _enter(dataclasses.replace(state, attempt=attempt, failure=None, targets=()), Phase.PREPARING)
         case Cancel(reason):
             return _abort(state, m.Failed(ExitCode.FAILED, reason)) if state.phase in ABORTABLE else (state, ())
         case Recorded(failure):
@@ -410,7 +414,9 @@ def _advance(state: State) -> tuple[State, tuple[Action, ...]]:
             ranks = tuple(reply.ranks for _, reply in replies if isinstance(reply, m.Quiesced))
             return _quiesced(state, ranks)
         case Phase.PREPARING:
-            return _enter(state, Phase.FREEZING)
+            # Ranks stand still only once everything that takes long or may be refused is done.
+            assert state.attempt is not None  # noqa: S101 - set by Ask
+            return _enter(state, Phase.FREEZING if state.attempt.quiesce == "off" else Phase.ASKING)
         case Phase.FREEZING:
             # What files capsules have in common can be seen only when nobody writes to them any more.
             state, actions = _enter(state, Phase.SURVEYING if state.capsules > 1 else Phase.DUMPING)
@@ -461,8 +467,9 @@ def _quiesced(state: State, ranks: tuple[tuple[m.RankAt, ...], ...]) -> tuple[St
             return _enter(state, Phase.FINISHING)
     if missing := quiesce.unfinished(ranks, nodes):
         return _transparent(state, f"traffic or hooks not finished in time: {quiesce.listed(missing)}")
-    state, actions = _enter(state, Phase.PREPARING)
-    return state, (AllQuiesced(sum(map(len, ranks))), *actions)
+    state, actions = _enter(state, Phase.FREEZING)
+    uncounted = sum(rank.uncounted for of_capsule in ranks for rank in of_capsule)
+    return state, (AllQuiesced(sum(map(len, ranks)), uncounted), *actions)
 
 
 def _transparent(state: State, why: str, otherwise: str = "") -> tuple[State, tuple[Action, ...]]:
@@ -475,7 +482,7 @@ def _transparent(state: State, why: str, otherwise: str = "") -> tuple[State, tu
             "give them more time (quiesce.timeout), or checkpoint them where they are with --quiesce=prefer or off",
         )
         return _abort(state, failure)
-    state, actions = _enter(state, Phase.PREPARING)
+    state, actions = _enter(state, Phase.FREEZING)
     return state, ((NotQuiesced(why), *actions) if why else actions)
 
 

@@ -53,7 +53,10 @@ def agree(capsules: Sequence[Iterable[RankAt]]) -> Agreement:
         size = members[0][1].size
         here = sum(not rank.gone for _, rank in members)
         if here < size:
-            problems.append(f"{size - here} of {size} ranks have ended or not yet come to their first safe point")
+            problems.append(
+                f"{size - here} of {size} ranks have ended, not yet come to their first safe point, or found no place "
+                "for it (their stderr says so)"
+            )
         targets.append((group, max(_next(rank) for _, rank in members)))
     everyone = {process for members in alive.values() for process, rank in members if not rank.gone}
     if everyone - taken:

@@ -181,8 +181,10 @@ class Boot:
                 self._request(phase, capsules)
             case plan.Running(restored):
                 self._running(restored)
-            case plan.AllQuiesced(ranks):
-                self._event("quiesced", ranks=ranks, seconds=time.monotonic() - self._asked)
+            case plan.AllQuiesced(ranks, uncounted):
+                if uncounted:
+                    log.info("messages of %d ranks are not counted: libhpccr_mpi is not loaded", uncounted)
+                self._event("quiesced", ranks=ranks, uncounted=uncounted, seconds=time.monotonic() - self._asked)
             case plan.NotQuiesced(why):
                 log.warning("checkpointing the job where it is: %s", why)
                 self._event("not-quiesced", why=why)

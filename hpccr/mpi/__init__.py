@@ -31,7 +31,7 @@ class Outcome(enum.IntEnum):
     RESUMED = 1
     """One was made, and the program goes on."""
     RESTARTED = 2
-    """The program has just been restored from it, perhaps on other nodes."""
+    """The program has been restored since this rank's last safe point, perhaps on other nodes."""
     ABANDONED = 3
     """One was begun and given up; the program goes on."""
 
@@ -40,7 +40,8 @@ NOTHING = Outcome.NOTHING
 _quiesce_hooks: list[Hook] = []
 _resume_hooks: list[Hook] = []
 _restart_hooks: list[Hook] = []
-_points: dict[int, Callable[[], Outcome]] = {}
+_last: tuple[Any, Callable[[], Outcome]] = (object(), lambda: Outcome.NOTHING)
+"""The communicator of the newest safe point, and what a safe point on it calls."""
 
 
 def safe_point(comm: Any) -> Outcome:
@@ -49,19 +50,24 @@ def safe_point(comm: Any) -> Outcome:
     All of them call it equally often. The first call on a communicator is collective; later ones do not communicate
     unless a checkpoint has been asked for: then it returns when that is over. One thread at a time. What a hook raises
     is raised here, after the checkpoint.
+
+    Every rank is told of every restart once, but not all at the same safe point if they did not all stand at one when
+    the checkpoint was made: the outcome may differ between ranks, and must not decide whether they communicate.
     """
-    point = _points.get(id(comm))
-    if point is None:
+    global _last
+    known, point = _last
+    if comm is not known:
         from hpccr.mpi import _safepoint
 
         point = _safepoint.enter(comm)
+        _last = comm, point
     return point()
 
 
 def on_quiesce(hook: Hook) -> Hook:
-    """Call hook() in safe_point before the job is frozen, the last registered first. It must not use MPI.
+    """Call hook() in safe_point before the job is frozen, the last registered first.
 
-    This and the two below are decorators as well.
+    No hook may communicate with other ranks. This and the two below are decorators as well.
     """
     _quiesce_hooks.insert(0, hook)
     return hook
@@ -74,13 +80,16 @@ def on_resume(hook: Hook) -> Hook:
 
 
 def on_restart(hook: Hook) -> Hook:
-    """Call hook() in safe_point when the program was restored, instead of those of on_resume."""
+    """Call hook() in safe_point when the program was restored, instead of those of on_resume.
+
+    After every restart, also where the checkpoint was made without the ranks standing still.
+    """
     _restart_hooks.append(hook)
     return hook
 
 
 def request_checkpoint() -> bool:
-    """Ask for a checkpoint; it is made at one of the next safe points. Any rank may ask, and several at once are one.
+    """Ask for a checkpoint; it is made at one of the next safe points. Any rank may ask; within a second that is one.
 
     False where nobody listens: the program does not run under hpccr.
     """

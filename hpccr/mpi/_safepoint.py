@@ -26,13 +26,16 @@ from hpccr.mpi.page import (
     GROUP,
     HALVES,
     LEFT,
-    OUTCOME,
+    OUTCOMES,
+    PATIENCE,
     PENDING,
     RANK,
+    RESTARTS,
     SIZE_OF_GROUP,
     STATE,
     TARGET,
     TARGETED,
+    UNCOUNTED,
     WAITING,
     WORLD,
 )
@@ -48,7 +51,8 @@ class Group:
         self.own = own
         self.ranks = own.Get_group()
         name = own.bcast(secrets.randbits(64))
-        self.page, self.entry = layout.claim(_page)
+        # The entry's, which is another one where there was no place left.
+        self.page, self.entry = layout.claim(_page, first=not _groups)
         self.halves = self.page.cast("B").cast("I")
         self.page[self.entry + GROUP] = name
         for half, value in ((SIZE_OF_GROUP, own.size), (RANK, own.rank), (WORLD, MPI.COMM_WORLD.rank), (STATE, ACTIVE)):
@@ -66,44 +70,65 @@ class Group:
                 group.page[group.entry + LEFT] = everything
         _current[0] = self
 
-    def stop(self, count: int) -> Outcome:
-        """A question is open. Stand still if this is the safe point that was agreed on."""
+    def answer(self, count: int) -> Outcome:
+        """Something has been asked, or the program was restored."""
+        outcome, quiesced = Outcome.NOTHING, False
+        errors: list[Exception] = []
+        if _page[ASKED] != _handled[0]:
+            outcome, quiesced = self._stop(count, errors)
+        # Every rank hears of every restart, wherever it was at the checkpoint.
+        if (known := _page[RESTARTS]) != _restarts[0]:
+            _restarts[0] = known
+            outcome = Outcome.RESTARTED
+            errors += _call(interface._restart_hooks)
+        elif quiesced:
+            errors += _call(interface._resume_hooks)
+        if errors:
+            raise errors[0]
+        return outcome
+
+    def _stop(self, count: int, errors: list[Exception]) -> tuple[Outcome, bool]:
+        """Stand still until there is an answer, and if this is the safe point that was agreed on, until it is over.
+
+        Gives what became of the checkpoint, NOTHING if this rank did not stand meanwhile, and whether the hooks of
+        on_quiesce have run; what they raise goes into `errors`.
+        """
         page, entry = self.page, self.entry
         turn = 0
-        while (asked := page[ASKED]) != _handled[0]:
+        outcome = Outcome.NOTHING
+        while (asked := _page[ASKED]) != _handled[0]:
             # Which safe point it is to be is decided in a moment, without waiting for any rank.
             page[entry + WAITING] = asked
-            if page[ENDED] >= asked:
+            if _page[ENDED] >= asked:
                 _handled[0] = asked
+                outcome = self._outcome(asked) if turn else Outcome.NOTHING
                 continue
-            if page[TARGETED] == asked:
+            if _page[TARGETED] == asked:
                 break
             turn = self._pause(turn)
         if asked == _handled[0] or page[entry + TARGET] != count:
-            return Outcome.NOTHING
+            return outcome, False
         page[entry + ARRIVED] = asked
         turn = 0
         while True:
             # In this order: `go` comes before `ended`, and all take part in what follows or none.
-            ended = page[ENDED]
-            if page[GO] == asked:
+            ended = _page[ENDED]
+            if _page[GO] == asked:
                 break
             if ended >= asked:
                 _handled[0] = asked
-                return Outcome(page[OUTCOME])
+                return self._outcome(asked), False
             turn = self._pause(turn)
-        page[entry + PENDING] = _drain(self.own)
-        errors = _call(interface._quiesce_hooks)
+        page[entry + PENDING] = _drain(self.own, _page[PATIENCE])
+        errors += _call(interface._quiesce_hooks)
         page[entry + FINISHED] = asked
-        while page[ENDED] < asked:
+        while _page[ENDED] < asked:
             time.sleep(0.001)
-        outcome = Outcome(page[OUTCOME])
         _handled[0] = asked
-        restarted = outcome is Outcome.RESTARTED
-        errors += _call(interface._restart_hooks if restarted else interface._resume_hooks)
-        if errors:
-            raise errors[0]
-        return outcome
+        return self._outcome(asked), True
+
+    def _outcome(self, question: int) -> Outcome:
+        return Outcome(_page[OUTCOMES + question % 2])
 
     def _pause(self, turn: int) -> int:
         # Lets MPI work on what is under way: peers on their way to the safe point may wait for it.
@@ -117,14 +142,33 @@ _groups: list[Group] = []
 _current: list[Group | None] = [None]
 _handled = [0]
 """The newest question that this process is done with."""
+_restarts = [0]
+"""Those it has heard of."""
 _fence = threading.Lock()
+_points: list[Callable[[], Outcome]] = []
+_key = MPI.KEYVAL_INVALID
 
 
 def enter(comm: MPI.Comm) -> Callable[[], Outcome]:
-    """First call on a communicator, all its ranks are here: what the safe points on it call from now on."""
-    group = _group_of(comm)
-    page, word = group.page, group.entry + COUNT
-    current, handled, fence, nothing = _current, _handled, _fence, Outcome.NOTHING
+    """What a safe point on the communicator calls, whichever Python object it is. If it is the first one, all its ranks
+    are here.
+
+    Kept by MPI with the communicator (as the number of the point: no Python is called when it is freed).
+    """
+    global _key
+    if _key == MPI.KEYVAL_INVALID:
+        _key = MPI.Comm.Create_keyval(nopython=True)
+    number = comm.Get_attr(_key)
+    if number is None:
+        group = _group_of(comm)
+        number = _groups.index(group)
+        comm.Set_attr(_key, number)
+    return _points[number]
+
+
+def _point(group: Group) -> Callable[[], Outcome]:
+    header, page, word = _page, group.page, group.entry + COUNT
+    current, handled, restarts, fence, nothing = _current, _handled, _restarts, _fence, Outcome.NOTHING
 
     def point() -> Outcome:
         if current[0] is not group:
@@ -134,12 +178,10 @@ def enter(comm: MPI.Comm) -> Callable[[], Outcome]:
         # First the count, then the look, a memory fence between them: whoever is not seen here is counted there.
         with fence:
             pass
-        if page[ASKED] == handled[0]:
+        if header[ASKED] == handled[0] and header[RESTARTS] == restarts[0]:
             return nothing
-        return group.stop(count)
+        return group.answer(count)
 
-    point.__dict__["comm"] = comm  # it lives on, so that no other object gets its id
-    interface._points[id(comm)] = point
     return point
 
 
@@ -161,8 +203,10 @@ def _group_of(comm: MPI.Comm) -> Group:
     if not _groups:
         # After the entry is active: a question from now on finds it.
         _handled[0] = _page[ENDED]
+        _restarts[0] = _page[RESTARTS]
         atexit.register(_leave)
     _groups.append(group)
+    _points.append(_point(group))
     return group
 
 
@@ -182,13 +226,16 @@ def _call(hooks: Iterable[Callable[[], object]]) -> list[Exception]:
     return errors
 
 
-def _drain(own: MPI.Intracomm) -> int:
-    """Wait for all ranks, and with libhpccr_mpi preloaded for what is under way between them; messages not received."""
+def _drain(own: MPI.Intracomm, patience: int) -> int:
+    """Wait for all ranks, and with libhpccr_mpi preloaded for what is under way between them.
+
+    Gives the messages not received; UNCOUNTED without the library.
+    """
     try:
         drain = ctypes.CDLL(None).hpccr_drain_at
     except AttributeError:
         own.Barrier()
-        return 0
-    drain.argtypes = (ctypes.c_void_p,)
+        return UNCOUNTED
+    drain.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
     drain.restype = ctypes.c_uint64
-    return int(drain(MPI._addressof(own)))
+    return int(drain(MPI._addressof(own), patience))

@@ -233,8 +233,7 @@ class Init:
                 pass  # it has ended: Exited says so
 
     async def _quiesce(self, request: Quiesce, fds: list[int]) -> Message:
-        if not self._capsule.root or self._checkpoint is not None:
-            raise HpccrError("there is no job to quiesce" if not self._capsule.root else "a checkpoint is under way")
+        self._under_way()
         return await self._ranks.stage(request)
 
     async def _prepare(self, request: InitPrepare, fds: list[int]) -> Message:

@@ -77,8 +77,6 @@ class Lease:
         self._dumping: Dumping | None = None
         self._aborted: str | None = None
         self._releasing = False
-        self._quiescing = False
-        """The ranks have been asked to stand still and not been told that it is over."""
         self._ending: asyncio.Task[None] | None = None
         self._patience = Patience(node.config.checkpoint, self._give_up_quietly)
 
@@ -126,7 +124,7 @@ class Lease:
                 await self._images.drop_fetched()
                 return reply
             case m.Quiesce():
-                return await self._do_quiesce(request)
+                return await self._checkpointing(request, m.Quiesced, request.timeout_ms / 1000 + MARGIN)
             case m.Prepare():
                 return await self._do_prepare(request)
             case m.Freeze():
@@ -307,16 +305,9 @@ class Lease:
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
-    async def _do_quiesce(self, request: m.Quiesce) -> m.Quiesced:
-        if request.stage == "ask":
-            self._aborted = None
-        self._quiescing = True
-        return await self._checkpointing(request, m.Quiesced, request.timeout_ms / 1000 + MARGIN)
-
     async def _do_prepare(self, request: m.Prepare) -> m.Prepared:
         config = self._node.config.checkpoint
-        if not self._quiescing:
-            self._aborted = None
+        self._aborted = None
         # By uid and job Slurm's epilog knows what it waits for (dist/epilog); the name is fresh though a failed
         # checkpoint of the same number may still be on its way out.
         whose = f"{self._who.uid}-{present(self._create).key.job}"
@@ -384,7 +375,7 @@ class Lease:
         finally:
             self._releasing = False
         dumping.frozen_seconds = released.frozen_seconds
-        self._dumping, self._quiescing = None, False
+        self._dumping = None
         await self._images.release(dumping)
         return released
 
@@ -393,7 +384,7 @@ class Lease:
 
         A release that is under way is past giving up.
         """
-        if (self._dumping is None and not self._quiescing) or self._releasing:
+        if self._dumping is None or self._releasing:
             return
         self._aborted = reason
         await self._give_up(reason)
@@ -406,9 +397,8 @@ class Lease:
     async def _give_up(self, reason: str) -> None:
         dumping, self._dumping = self._dumping, None
         self._node.claims.pop(self.name, None)
-        if dumping is None and not self._quiescing:
+        if dumping is None:
             return
-        self._quiescing = False
         try:
             await self._the_init.abort(reason, timeout=ABORT_TIMEOUT)
         except HpccrError as error:
@@ -417,8 +407,7 @@ class Lease:
             self.lost.set()
             raise
         finally:
-            if dumping is not None:
-                await asyncio.to_thread(dumping.directory.remove)
+            await asyncio.to_thread(dumping.directory.remove)
         if self.state in (State.PREPARED, State.FROZEN, State.DUMPED):
             self.state = State.RUNNING
 

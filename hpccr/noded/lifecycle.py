@@ -38,8 +38,8 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
     m.Restore: (frozenset({State.ROLLED_BACK}), State.RESTORED),
     m.Resume: (frozenset({State.RESTORED}), State.RESUMED),
     m.Unhold: (frozenset({State.RESUMED}), State.RUNNING),
-    m.Quiesce: (frozenset({State.RUNNING}), None),
     m.Prepare: (frozenset({State.RUNNING}), State.PREPARED),
+    m.Quiesce: (frozenset({State.PREPARED}), None),
     m.Freeze: (frozenset({State.PREPARED}), State.FROZEN),
     m.Survey: (frozenset({State.FROZEN}), None),
     m.Dump: (frozenset({State.FROZEN}), State.DUMPED),
@@ -50,7 +50,7 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
 FATAL = (m.Create, m.Connect, m.Start, m.Fetch, m.RollBack, m.Restore)
 """Requests after whose failure the capsule is gone: a half made one is of no use."""
 
-CHECKPOINT = (m.Quiesce, m.Prepare, m.Freeze, m.Survey, m.Dump, m.Release)
+CHECKPOINT = (m.Prepare, m.Quiesce, m.Freeze, m.Survey, m.Dump, m.Release)
 """Requests whose failure gives the checkpoint up and leaves the job running."""
 
 

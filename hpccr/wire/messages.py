@@ -104,6 +104,8 @@ class RankAt(msgspec.Struct, frozen=True, array_like=True):
     """Its traffic is finished and its hooks have run."""
     pending: int = 0
     """Messages sent to it that it has not received."""
+    uncounted: bool = False
+    """Nobody has looked for such messages: libhpccr_mpi is not loaded."""
     gone: bool = False
     left: int = 0
     """0 while this is the group of its newest safe point; else 1 + the safe points, of all its groups, it had come to
@@ -113,7 +115,9 @@ class RankAt(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Quiesce(Message, frozen=True):
-    """One stage of bringing the ranks to a stand at a safe point. Reply: Quiesced, after `timeout_ms` at most.
+    """One stage of bringing the ranks to a stand at a safe point, once the capsule is prepared.
+
+    Reply: Quiesced, after `timeout_ms` at most.
 
     ask: let every rank stop at its next safe point for an answer; gives where they are, none if nobody takes part.
     arrive: targets are (group, number of the safe point to stand at); waits until the ranks of these groups are there.

@@ -334,7 +334,7 @@ def processes_of_user() -> list[str]:
 HOSTILE_PAGES = """
     import os, struct, sys
     page = "/dev/shm/hpccr-quiesce"
-    magic, entry = struct.pack("<QQ", 0x3130514343504848, 1 << 40), struct.pack("<QIIIIII96x", 5, 1, 2, 0, 0, 1, 0)
+    magic, entry = struct.pack("<QQ", 0x3230514343504848, 1 << 40), struct.pack("<QIIIIII96x", 5, 1, 2, 0, 0, 1, 0)
 
     def whole():
         with open(page, "wb") as file:
@@ -377,6 +377,9 @@ def pages_that_are_none(home: Path) -> None:
             one.read_until(f"made {name}\n".encode())
 
         def stage(name: str, *targets: tuple[int, int]) -> Quiesced:
+            if name == "ask":
+                prepared = one.prepare(directory)
+                assert isinstance(prepared, Prepared), prepared
             reply = one.ask(Quiesce(name, 100, targets))  # type: ignore[arg-type]
             assert isinstance(reply, Quiesced), (name, reply)
             return reply
@@ -388,10 +391,11 @@ def pages_that_are_none(home: Path) -> None:
             make("gone")
         make("short")
         assert stage("ask") == Quiesced(())
+        assert isinstance(one.ask(Abort("no")), Aborted)
         make("whole")
-        # More entries claimed than there can be: init looks at no more. This one's pid 1 is its own.
+        # More entries claimed than there can be: init looks at no more. Pid 1 is its own, and none of the page's.
         ranks = stage("ask").ranks
-        assert len(ranks) == 1024 and not any(rank.gone for rank in ranks)
+        assert len(ranks) == 1024 and all(rank.gone for rank in ranks)
         assert not any(rank.arrived for rank in stage("arrive", (5, 1)).ranks)
         make("cut")
         assert stage("finish", (5, 1)) == Quiesced(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_work_queue(jobs: Jobs, workloads: Workloads, library: Callable[[str], s
     """Rounds of unlike work; every message counted by both ends, in Python by the preloaded library."""
     out = library("openmpi")
     if language == "c":
-        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 300 -t 12 -p 30000"
+        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 1200 -t 12 -p 30000"
     else:
         preload = f"-x LD_PRELOAD={out}/libhpccr_mpi.so"
         command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 300 --tasks 12 --points 20000"
@@ -91,6 +92,75 @@ def test_work_queue(jobs: Jobs, workloads: Workloads, library: Callable[[str], s
     job.wait_success()
     assert [event["ranks"] for event in job.events("quiesced")] == [4, 4]
     assert job.said() == workloads.twin(command)
+
+
+@pytest.mark.parametrize("mpi", ["mpich", "openmpi"])
+def test_messages_under_way(cluster: Cluster, jobs: Jobs, library: Callable[[str], str], mpi: str) -> None:
+    """Traffic pending at every safe point, all kinds of communicators in C, and what each rank is told."""
+    out = library(mpi)
+    source, archive = f"{SOURCES}/traffic.c", f"{out}/libhpccr_mpi.a"
+    compiler = (f"mpicc.{mpi}", "-O2", "-Wall", "-Wextra", "-Werror", "-I/src/mpi")
+    cluster.check(cluster.nodes[0], *compiler, "-o", f"{out}/traffic", source, archive, "-lpthread")
+    run = MPIRUN if mpi == "openmpi" else MPICH.format(ranks=4)
+    job = jobs.submit(f"{run} {NICE} {out}/traffic", environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
+
+    def touch(name: str) -> None:
+        cluster.write(job.directory / name, "", job.user)
+
+    def told() -> list[list[str]]:
+        """What each rank has been told, in the order of the ranks."""
+        return [(job.directory / f"outcomes.{rank}").read_text().splitlines() for rank in range(4)]
+
+    job.wait_output("world 10\n")
+    job.hpccr_ok("checkpoint", "--no-wait")
+    wait_for("every rank to hear of it", lambda: all(told()))
+    # At the same safe point.
+    assert told()[0][0].endswith(" resumed") and told() == [told()[0]] * 4
+
+    touch("keep")
+    job.wait_output("kept\n")
+    done = job.hpccr("checkpoint")
+    assert done.returncode == 1 and "rank 1 (pid " in done.stderr and "1 messages to it are not received" in done.stderr
+    job.hpccr_ok("checkpoint", "--quiesce=prefer")
+    assert "1 messages to it" in job.events("not-quiesced")[-1]["why"]
+    touch("take")
+    job.wait_output("taken\n")
+    job.hpccr_ok("checkpoint")
+
+    for number, word in ((3, "halves"), (4, "inter")):
+        touch(word)
+        job.wait_output(f"{word} 5\n")
+        job.hpccr_ok("checkpoint")
+        assert len(job.events("quiesced")) >= number
+
+    # Restored from a checkpoint that nobody stood still for: all the same every rank hears of it, and its hooks run.
+    before = told()
+    job.hpccr_ok("requeue", "--quiesce=off")
+    job.wait_event("restored")
+    told_more = lambda: [now[len(was) :] for now, was in zip(told(), before, strict=True)]  # noqa: E731
+    wait_for("every rank to hear of the restart", lambda: all(len(more) >= 2 for more in told_more()))
+    for hook, outcome in told_more():
+        assert hook == "hook" and outcome.endswith(" restarted")
+    job.hpccr_ok("checkpoint")
+    touch("end")
+    job.wait_success()
+
+
+def test_no_time_for_ranks_that_do_not_come(jobs: Jobs) -> None:
+    """Slurm is about to end the job while a checkpoint waits for a rank that never comes, and would for minutes."""
+    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py late --steps 60 --log log"
+    job = jobs.submit(command, environment={"HPCCR_QUIESCE_TIMEOUT": "600", "HPCCR_QUIESCE_MODE": "require"})
+    job.wait_output("late\n")
+    with ThreadPoolExecutor(1) as waiting:
+        asked = waiting.submit(job.hpccr, "checkpoint")
+        job.wait_event("checkpoint")
+        job.requeue("scontrol", avoid=False)
+        assert asked.result().returncode != 0
+    (missing,) = job.events("not-quiesced")
+    assert "rank 1 (pid " in missing["why"]
+    job.cluster.write(job.directory / "on", "", job.user)
+    job.wait_success()
+    assert "step 60\n" in job.said()
 
 
 def test_ranks_that_do_not_come(jobs: Jobs, workloads: Workloads) -> None:

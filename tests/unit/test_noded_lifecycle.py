@@ -25,7 +25,8 @@ def walk(*requests: m.Message) -> State:
 
 
 def test_a_whole_life() -> None:
-    checkpoint = (PREPARE, m.Freeze(), m.Dump(), m.Release(kill=False), m.Flush(directory="/x"))
+    quiesce = (m.Quiesce("ask", 0), m.Quiesce("arrive", 1), m.Quiesce("finish", 1))
+    checkpoint = (PREPARE, *quiesce, m.Freeze(), m.Dump(), m.Release(kill=False), m.Flush(directory="/x"))
     assert walk(CREATE, CONNECT, START, *checkpoint, *checkpoint) is State.RUNNING
     assert walk(CREATE, CONNECT, FETCH, m.RollBack(), RESTORE, m.Resume(), m.Unhold(), *checkpoint) is State.RUNNING
     assert walk(CREATE, CONNECT, START, PREPARE, m.Freeze(), m.Dump(), m.Release(kill=True)) is State.ENDED

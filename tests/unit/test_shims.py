@@ -48,5 +48,19 @@ def test_sbatch_takes_nothing_of_ours_along(tmp_path: Path, path: str) -> None:
     assert SHIMS not in found and str(real) in found
 
 
+@pytest.mark.parametrize("name", ["ssh", "rsh"])
+def test_ssh_to_another_node_of_the_job_is_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('#!/bin/sh\necho real "$PATH" "$@"\nexit 4\n')
+    (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{SHIMS}:{tmp_path}:{os.environ['PATH']}", "HPCCR_PYTHON": sys.executable}
+    for words in (["hpccr-1", "true"], ["-n", "-x", "me@hpccr-12", "true"]):
+        done = call(name, environ, *words)
+        assert done.returncode == 255 and "HPCCR_STEP_SECRET is not set" in done.stderr, done
+    for words in (["login", "ls hpccr-1"], ["hpccr-1.site", "true"], ["hpccr-", "true"]):
+        done = call(name, environ, *words)
+        assert (done.returncode, done.stdout) == (4, f"real {environ['PATH']} {' '.join(words)}\n")
+    assert call(name, environ | {"PATH": SHIMS}, "login").returncode == 255
+
+
 def test_sbatch_that_is_not_there() -> None:
     assert call("sbatch", {"PATH": SHIMS}).returncode == 127

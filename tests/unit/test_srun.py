@@ -16,7 +16,8 @@ from capsule_processes import CAPSULE, DEADLINE, Endpoint, launch_root, wait_unt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpccr.capsule.step import layout, library, script
+from hpccr.capsule import client
+from hpccr.capsule.step import layout, library, mpirun, script, srun
 from hpccr.capsule.step.labels import Lines
 from hpccr.capsule.step.layout import EXACT, SHARED, WHOLE, Demand
 from hpccr.capsule.step.ledger import Ledger, Step, decode_answer
@@ -484,6 +485,91 @@ def test_the_library_of_a_script(tmp_path: Path) -> None:
     assert find("./wrap", directory=str(tmp_path)) == "openmpi"
     assert find("python3", "with.py", directory=str(tmp_path), tasks=1) == "openmpi"
     assert find("python3", "without.py", directory=str(tmp_path), tasks=1) == ""
+
+
+def test_a_script_that_calls_mpirun_is_one_program(tmp_path: Path) -> None:
+    for name, text, kind in (
+        ("member", "cd run\nX=1 exec mpirun -n 4 lmp -in in.lj\n", ""),
+        ("loop", "for i in 1 2; do mpiexec.hydra lmp; done\n", ""),
+        ("spoken", "# not with mpirun\necho 'mpirun is not needed'\nlmp -in in.lj # mpirun\n", "openmpi"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).chmod(0o755)
+        assert find(f"./{name}", directory=str(tmp_path)) == kind, name
+
+
+def test_python_that_may_use_mpi_and_that_does(tmp_path: Path) -> None:
+    (tmp_path / "sweep.py").write_text("import sys\n")
+    (tmp_path / "solve.py").write_text("from petsc4py import PETSc\n")
+    for name, sure in (("sweep.py", False), ("solve.py", True)):
+        found = library.choose(["python3", name], tasks=4, mpi="", environ=os.environ, directory=str(tmp_path))
+        assert found is not None and (found.kind, found.sure) == ("openmpi", sure)
+    flags = mpirun._each_for_itself(library.launcher(found, os.environ), "openmpi")
+    done = subprocess.run(
+        ["mpirun.openmpi", "--oversubscribe", *flags, "-n", "2", "sh", "-c", "[ $PMIX_RANK = 1 ] || exit 3; echo on"],
+        capture_output=True, text=True, timeout=DEADLINE, env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout == "on\n", done.stderr
+
+
+def test_the_standard_abi_and_names_of_the_vendors(tmp_path: Path) -> None:
+    (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+    for library_name, mark, kind in (
+        ("libmpi_abi.so.1", b"", "mpich"),
+        ("libmpi_abi.so.0", b"Intel(R) MPI Library 2021", "intel"),
+        ("libmpi_gnu_123.so.12", b"", "mpich"),
+    ):
+        link = ["gcc", "-Wl,--no-as-needed", "-o"]
+        for words in (
+            [*link, library_name, "empty.c", "-shared", f"-Wl,-soname,{library_name}"],
+            [*link, "app", "empty.c", library_name, "-Wl,-rpath,$ORIGIN"],
+        ):
+            subprocess.run(words, cwd=tmp_path, check=True, timeout=DEADLINE)
+        with (tmp_path / library_name).open("ab") as file:
+            file.write(mark)
+        assert find("./app", directory=str(tmp_path)) == kind, library_name
+
+
+def test_who_asks_for_mpi_gets_it_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HPCCR_MPI", raising=False)
+    with pytest.raises(Usage, match="no MPI library is found") as caught:
+        srun._program(Options(["--mpi=pmix", "-n4", "true"], {}))
+    assert caught.value.code == 13 and "HPCCR_MPI" in caught.value.hint
+    assert srun._program(Options(["--mpi=none", "-n4", "true"], {})) is None
+    assert srun._program(Options(["-n4", "true"], {"SLURM_MPI_TYPE": "pmix"})) is None  # a site's default
+
+
+def test_what_the_user_has_set_for_mpi_is_kept_by_export() -> None:
+    environ = {b"UCX_TLS": b"tcp,self", b"OTHER": b"1", b"MINE": b"2"}
+    assert exported(Options(["--export=NONE", "true"], {}), environ, []) == {b"UCX_TLS": b"tcp,self"}
+    assert b"MINE" in exported(Options(["--export=MINE", "true"], {}), environ, [])
+
+
+LOST = """
+import os, select, socket, struct, sys
+sys.path.append({path!r})
+from hpccr.capsule.step.tasks import Input, Run, Streams
+run = Run(kill_on_bad_exit=False, wait=0, limit=None)
+with socket.create_server(("127.0.0.1", 0)) as server:
+    near = socket.create_connection(server.getsockname())
+    far = server.accept()[0]
+far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+far.close()
+select.select([near], [], [])
+task = run.add(0, "hpccr-0", near, b"request", Streams({{}}, b"", unbuffered=False))
+source = Input(run.loop, os.pipe()[0], [task])
+sys.exit(bool(source._credit) or run.finish() != 1)
+"""
+
+
+def test_a_task_that_is_lost_at_once_does_not_hold_up_the_input_of_the_others() -> None:
+    code = LOST.format(path=str(Path(__file__).parents[2]))
+    assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE, check=False).returncode == 0
+
+
+def test_a_wait_that_was_stopped_begins_anew() -> None:
+    assert client.renewed(100.0, 99.0, 30.0) == client.renewed(100.0, 101.0, 30.0) == 100.0
+    assert client.renewed(100.0, 160.0, 30.0) == 190.0
 
 
 def test_the_mpirun_of_a_library() -> None:

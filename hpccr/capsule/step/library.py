@@ -1,8 +1,9 @@
 """Which MPI library a program uses, found without running it, and the mpirun that belongs to that library.
 
 A program tells by the libraries that it is linked to (ELF, DT_NEEDED), through any number of others. A program that
-runs another one (nice, env, a shell script) uses what that one uses. A Python program uses mpi4py, or it uses none:
-that is asked of the same interpreter. HPCCR_MPI=openmpi|mpich|intel|none says what cannot be found this way.
+runs another one (nice, env, a shell script) uses what that one uses, unless that is an mpirun. A Python program uses
+mpi4py, or it uses none: that is asked of the same interpreter. HPCCR_MPI=openmpi|mpich|intel|none says what cannot be
+found this way.
 """
 
 from __future__ import annotations
@@ -20,8 +21,24 @@ if TYPE_CHECKING:
 OPEN_MPI, MPICH, INTEL, NONE = "openmpi", "mpich", "intel", "none"
 VARIABLE = "HPCCR_MPI"
 
-LIBRARIES = {"libmpi.so.40": OPEN_MPI, "libmpich.so.12": MPICH, "libmpi.so.12": MPICH, "libmpi.so.20": OPEN_MPI}
-"""By the name a program asks for. libmpi.so.12 is the common name of MPICH's kin; what is in it tells Intel's."""
+LIBRARIES = {
+    "libmpi.so.40": OPEN_MPI,
+    "libmpi.so.20": OPEN_MPI,
+    "libmpich.so.12": MPICH,
+    "libmpi.so.12": MPICH,
+    "libmpi_abi.so.0": MPICH,
+    "libmpi_abi.so.1": MPICH,
+}
+"""By the name a program asks for. libmpi.so.12 is the common name of MPICH's kin, libmpi_abi.so that of MPI 5's
+standard ABI; what is in the file tells whose it is. Cray's libmpi_gnu_123.so.12 and the like are MPICH's kin too."""
+INSCRIPTIONS = ((b"Intel(R) MPI Library", INTEL), (b"Open MPI v", OPEN_MPI))
+"""What tells whose a library with a common name is; else it is MPICH's."""
+
+STARTERS = ("mpirun", "mpiexec", "prterun", "orterun")
+"""Names of programs, or their beginnings, that start MPI programs themselves."""
+BEFORE_COMMANDS = ("exec", "time", "env", "nice", "if", "then", "else", "elif", "do", "while", "until", "!", "{")
+USERS_OF_MPI4PY = (b"mpi4py", b"petsc4py", b"slepc4py", b"dolfinx", b"firedrake", b"gpaw")
+"""Words of a Python program that leave no doubt that it uses MPI."""
 
 LAUNCHERS = {
     OPEN_MPI: ("mpirun.openmpi", "mpirun", "mpiexec"),
@@ -48,10 +65,10 @@ MISSING = f"put its bin directory on the PATH, or say what the program uses: {VA
 
 
 class Found:
-    """A library: its kind, and its file where it was found."""
+    """A library: its kind, and its file where it was found. sure: the program uses it, not only may use it."""
 
-    def __init__(self, kind: str, path: str) -> None:
-        self.kind, self.path = kind, path
+    def __init__(self, kind: str, path: str, *, sure: bool = True) -> None:
+        self.kind, self.path, self.sure = kind, path, sure
 
 
 class Elf:
@@ -168,7 +185,9 @@ class Search:
             return None
 
     def _of_words(self, text: str) -> Found | None:
-        """The library of any program that a shell script names."""
+        """The library of any program that a shell script names; a script that calls mpirun is one program itself."""
+        if calls_mpirun(text):
+            return None
         for character in "\"'`;|&()<>{}=\n\t":
             text = text.replace(character, " ")
         for word in dict.fromkeys(text.split(" ")):
@@ -182,8 +201,10 @@ class Search:
         return None
 
     def _of_python(self, python: str, command: Sequence[str], tasks: int) -> Found | None:
-        """A program of one task is its own MPI world, unless it says that it is about MPI."""
-        if tasks == 1 and not self._names_mpi4py(command):
+        """A program of one task is its own MPI world, unless it says that it is about MPI. One of several that does not
+        say so may use MPI in what it imports, or be one of a hundred that have nothing to do with each other."""
+        sure = self._names_mpi4py(command)
+        if tasks == 1 and not sure:
             return None
         script = next((word for word in command[1:] if not word.startswith("-")), "")
         place = os.path.dirname(os.path.join(self._directory, script)) if script.endswith(".py") else self._directory
@@ -192,16 +213,19 @@ class Search:
             return None
         version, paths = lines[0], lines[1:]
         kind = OPEN_MPI if "Open MPI" in version else INTEL if "Intel" in version else MPICH
-        return Found(kind, min(paths, key=len, default=""))
+        return Found(kind, min(paths, key=len, default=""), sure=sure)
 
     def _names_mpi4py(self, command: Sequence[str]) -> bool:
-        if any("mpi4py" in word for word in command[1:]):
+        def named(text: bytes) -> bool:
+            return any(word in text for word in USERS_OF_MPI4PY)
+
+        if any(named(os.fsencode(word)) for word in command[1:]):
             return True
         for word in command[1:]:
             if not word.startswith("-"):
                 try:
                     with open(os.path.join(self._directory, word), "rb") as file:
-                        return b"mpi4py" in file.read(SCRIPT)
+                        return named(file.read(SCRIPT))
                 except OSError:
                     return False
         return False
@@ -220,10 +244,12 @@ class Search:
         # ld.so(8): DT_RPATH counts for what a library needs too, and not where there is a DT_RUNPATH
         rpath = () if elf.runpath else (*elf.rpath, *inherited)
         for name in elf.needed:
-            if name in LIBRARIES:
+            kind = LIBRARIES.get(name)
+            if kind is None and name.startswith("libmpi_") and name.endswith(".so.12"):
+                kind = MPICH
+            if kind is not None:
                 found = self._library(name, (*rpath, *self._path, *elf.runpath)) or ""
-                kind = LIBRARIES[name]
-                return Found(INTEL if kind == MPICH and _is_intels(found) else kind, found)
+                return Found(_inscribed(found) or MPICH if kind == MPICH else kind, found)
         for name in elf.needed:
             if not name.startswith(SYSTEM):
                 library = self._library(name, (*rpath, *self._path, *elf.runpath))
@@ -267,15 +293,33 @@ def _configured(path: str, depth: int) -> Iterator[str]:
             yield words[0]
 
 
-def _is_intels(path: str) -> bool:
-    """Whether a libmpi.so.12 is Intel MPI's: it is installed below a directory of that name, or has that in it."""
+def _inscribed(path: str) -> str:
+    """Whose a library with a common name is, by what is in it; "": it does not say."""
     try:
         with open(path, "rb") as file:
+            rest = b""
             while piece := file.read(1 << 20):
-                if b"Intel(R) MPI Library" in piece:
-                    return True
+                for words, kind in INSCRIPTIONS:
+                    if words in rest + piece:
+                        return kind
+                rest = piece[-64:]
     except OSError:
         pass
+    return ""
+
+
+def calls_mpirun(text: str) -> bool:
+    """Whether a shell script starts MPI programs by itself."""
+    for line in text.splitlines():
+        line = "" if line.lstrip().startswith("#") else line.partition(" #")[0]
+        for character in ";&|()`":
+            line = line.replace(character, "\n")
+        for command in line.split("\n"):
+            words = command.split()
+            while words and (words[0] in BEFORE_COMMANDS or "=" in words[0] or words[0].startswith("-")):
+                del words[0]
+            if words and os.path.basename(words[0].strip("\"'")).startswith(STARTERS):
+                return True
     return False
 
 

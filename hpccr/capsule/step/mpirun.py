@@ -34,14 +34,14 @@ def run_mpi(found: library.Found, plan: Plan, environ: dict[bytes, bytes]) -> in
     directory = f"/tmp/hpccr-srun-{os.getpid()}-{plan.number}"  # noqa: S108 - the capsule's own
     os.mkdir(directory, 0o700)
     try:
-        return _run(launcher, found.kind, plan, environ, directory)
+        return _run(launcher, found, plan, environ, directory)
     finally:
         for name in os.listdir(directory):
             os.unlink(os.path.join(directory, name))
         os.rmdir(directory)
 
 
-def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], directory: str) -> int:
+def _run(launcher: str, found: library.Found, plan: Plan, environ: dict[bytes, bytes], directory: str) -> int:
     reports = os.path.join(directory, "ended")
     outputs = open_outputs(plan)
     if outputs.only:
@@ -59,7 +59,8 @@ def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], dire
         stdin = os.open("/dev/null", os.O_RDONLY)
     text = plan.script(report=_report(reports), stdin=file)
     words = [] if plan.options.multi_prog else plan.options.command
-    argv = [launcher, *_layout(kind, plan, directory), "/bin/sh", "-c", text, "srun", *words]
+    alone = [] if found.sure or plan.options.kill_on_bad_exit else _each_for_itself(launcher, found.kind)
+    argv = [launcher, *alone, *_layout(found.kind, plan, directory), "/bin/sh", "-c", text, "srun", *words]
 
     def prepare() -> None:
         for number, fd in {link.STDIN: stdin, **outputs.fds}.items():
@@ -78,6 +79,16 @@ def _run(launcher: str, kind: str, plan: Plan, environ: dict[bytes, bytes], dire
     for (index, own), ranks in sorted(groups.items()):
         link.warn(f"srun: error: {layout.NAME}{index}: {task_ids(ranks)}: {ending(own)}")
     return max(ended.values(), default=code)
+
+
+def _each_for_itself(launcher: str, kind: str) -> list[str]:
+    """Options with which a task that fails does not end the others, since they may have nothing to do with it.
+
+    Hydra does that only when a task has begun to use MPI; Open MPI before 5 knows no such option.
+    """
+    if kind != library.OPEN_MPI or "(Open MPI) 5" not in library.output([launcher, "--version"], os.environ):
+        return []
+    return ["--runtime-options", "error-nonzero-status=0"]
 
 
 def _end_with_parent() -> None:

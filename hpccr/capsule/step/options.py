@@ -365,16 +365,25 @@ def _minutes(text: str | None) -> float | None:
         raise Usage(f"srun: invalid time limit {text!r}") from None
 
 
+KEPT = (
+    b"SLURM_", b"HPCCR_", b"UCX_", b"FI_", b"I_MPI_", b"HYDRA_", b"MPIR_CVAR_", b"OMPI_MCA_", b"PRTE_MCA_",
+    b"PMIX_MCA_",
+)  # fmt: skip
+"""Variables that tasks get whatever --export says."""
+
+
 def exported(options: Options, environ: Mapping[bytes, bytes], own: Sequence[str]) -> dict[bytes, bytes]:
-    """The tasks' environment by --export. own: names of hpccr's variables, without which nothing works in here."""
+    """The tasks' environment by --export. own: names of hpccr's variables, without which nothing works in here.
+
+    Nor does what the user has set for MPI instead: without UCX_TLS a library takes the fastest way, which cannot be
+    restored.
+    """
     words = options.export.split(",")
     if words[:1] and words[0].upper() == "ALL":
         result, words = dict(environ), words[1:]
     else:
         keep = {os.fsencode(name) for name in own} | {b"PATH", b"HOME", b"USER", b"SHELL", b"TMPDIR"}
-        result = {
-            name: value for name, value in environ.items() if name.startswith((b"SLURM_", b"HPCCR_")) or name in keep
-        }
+        result = {name: value for name, value in environ.items() if name.startswith(KEPT) or name in keep}
         if words[:1] and words[0].upper() in ("NONE", "NIL"):
             words = words[1:]
     for word in filter(None, words):

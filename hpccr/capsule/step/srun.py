@@ -65,6 +65,8 @@ def main(argv: list[str]) -> NoReturn:
         code = error.code
     except (Failure, link.ProtocolError, OSError) as error:
         link.warn(f"hpccr: error: srun: {error}")
+    except KeyboardInterrupt:
+        code = 128 + 2  # while it waits for its place; later the tasks get the signal
     os._exit(code)
 
 
@@ -125,7 +127,20 @@ def _program(options: Options) -> library.Found | None:
     if "/" not in options.command[0]:
         options.command[0] = os.path.normpath(path)
     tasks = options.ntasks or (options.ntasks_per_node or 1) * (options.nodes or 1)
-    return library.choose(options.command, tasks=tasks, mpi=options.mpi, environ=os.environ, directory=directory)
+    found = library.choose(options.command, tasks=tasks, mpi=options.mpi, environ=os.environ, directory=directory)
+    _check_wish(options, found)
+    return found
+
+
+def _check_wish(options: Options, found: library.Found | None) -> None:
+    """Who asks for an MPI must not get as many programs that know nothing of each other. Raises Usage."""
+    said = os.environ.get(library.VARIABLE, "").lower() == library.NONE
+    if found is None and "mpi" in options.given and options.mpi != library.NONE and not said:
+        raise Usage(
+            f"srun: --mpi={options.mpi}, and no MPI library is found in {options.command[0]}",
+            f"say which one it uses: {library.VARIABLE}=openmpi|mpich|intel; or that it uses none: --mpi=none",
+            13,
+        )
 
 
 def _programs(options: Options) -> library.Found | None:
@@ -142,6 +157,7 @@ def _programs(options: Options) -> library.Found | None:
             found = library.choose(words[1:], tasks=2, mpi=options.mpi, environ=os.environ, directory=directory)
             if found is not None:
                 return found
+    _check_wish(options, None)
     return None
 
 

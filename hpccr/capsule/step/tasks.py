@@ -77,7 +77,7 @@ class Input:
 
     def __init__(self, loop: link.Loop, fd: int, tasks: Sequence[Task]) -> None:
         self._loop, self._fd = loop, fd
-        self._credit = dict.fromkeys(tasks, link.WINDOW)
+        self._credit = {task: link.WINDOW for task in tasks if task.code is None}
         self._arm()
 
     def grant(self, task: Task, count: int) -> None:
