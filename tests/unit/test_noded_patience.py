@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from hpccr.config import CheckpointConfig
-from hpccr.coordinator import service
+from hpccr.coordinator import deadlines
 from hpccr.noded import patience
 from hpccr.noded.lifecycle import State
 
@@ -16,7 +16,7 @@ QUICK = CheckpointConfig(prepare_timeout=1, freeze_timeout=1, dump_timeout=1, si
 
 def test_a_node_waits_longer_than_its_coordinator() -> None:
     """Else a node's own deadline would be a failure of the checkpoint, or undo what is about to go on."""
-    assert patience.SHORT > service.BARRIER_TIMEOUT
+    assert patience.SHORT > deadlines.BARRIER_TIMEOUT
     config = CheckpointConfig()
     for state, phase in {
         State.PREPARED: config.prepare_timeout + config.dump_timeout,
@@ -24,7 +24,7 @@ def test_a_node_waits_longer_than_its_coordinator() -> None:
         State.DUMPED: config.dump_timeout,
     }.items():
         found = patience.limit(state, config)
-        assert found is not None and found > phase + service.BARRIER_TIMEOUT
+        assert found is not None and found > phase + deadlines.BARRIER_TIMEOUT
     assert patience.limit(State.RUNNING, config) is None
 
 
