@@ -240,3 +240,5 @@ class Wishes:
                 self._socket.recv(1)
         except BlockingIOError:
             self._loop.add_reader(self._socket, self._heard)
+        else:
+            self._loop.call_later(WISH_PAUSE, self._listen)  # whoever floods it waits

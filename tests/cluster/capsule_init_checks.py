@@ -405,7 +405,7 @@ def pages_that_are_none(home: Path) -> None:
 
 @case
 def wishes_for_checkpoints(home: Path) -> None:
-    """Many at once are one; after a while another one is heard."""
+    """Many within a second are one; after it another one is heard, whatever came before."""
     with capsule() as one:
         one.script("""
             import socket, sys
@@ -417,7 +417,11 @@ def wishes_for_checkpoints(home: Path) -> None:
         one.write(b"5\n")
         start = time.monotonic()
         assert isinstance(one.receive(), Wanted)
-        one.write(b"1\n")
+        one.write(b"1\n")  # the same wish
+        heard = select.select([one.socket], [], [], 0)[0]
+        while not heard:
+            one.write(b"1\n")
+            heard = select.select([one.socket], [], [], 0.1)[0]
         assert isinstance(one.receive(), Wanted)
         assert time.monotonic() - start >= 0.9, "a second one within a second"
 

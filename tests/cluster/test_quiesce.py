@@ -84,7 +84,7 @@ def test_work_queue(jobs: Jobs, workloads: Workloads, library: Callable[[str], s
         command = f"{MPIRUN} {NICE} {out}/montecarlo -r 1200 -t 12 -p 30000"
     else:
         preload = f"-x LD_PRELOAD={out}/libhpccr_mpi.so"
-        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 300 --tasks 12 --points 20000"
+        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 1500 --tasks 12 --points 20000"
     job = jobs.submit(command, environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
     job.wait_output("round 3 ")  # before the first safe point nobody takes part
     job.hpccr_ok("checkpoint", "--no-wait")

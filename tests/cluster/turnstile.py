@@ -15,7 +15,7 @@ from jobs import Job
 from nodes import Cluster
 from waiting import wait_for
 
-PHASES = ("asking", "preparing", "freezing", "surveying", "dumping", "releasing", "flush")
+PHASES = ("preparing", "asking", "freezing", "surveying", "dumping", "releasing", "flush")
 """As `hpccr status` names them, in their order."""
 
 QUIET = 0.25
