@@ -15,7 +15,7 @@ from hpccr.coordinator.report import progress
 from hpccr.coordinator.schedule import Costs
 from hpccr.coordinator.service import Boot, Snapshot
 from hpccr.coordinator.site import Site
-from hpccr.errors import HpccrError, LockedError, UnsupportedError
+from hpccr.errors import HpccrError, LockedError, SupersededError, UnsupportedError
 from hpccr.store.gc import collect
 from hpccr.store.layout import Step
 from hpccr.wire import messages as m
@@ -116,7 +116,7 @@ class Checkpoints:
         """Have a job requeued whose tasks are dead. If Slurm will not, the checkpoint is restored in place. Raises
         HpccrError then."""
         try:
-            await requeued(self._site, self._warn)
+            await requeued(self._site.ensure_requeued, self._warn)
         except UnsupportedError as error:
             self.leaving = False
             if not boot.outcome.done():
@@ -207,16 +207,16 @@ class Checkpoints:
             self._warn(f"cannot remove old checkpoints: {error}")
 
 
-async def requeued(site: Site, warn: Callable[[str], None]) -> None:
+async def requeued(ask: Callable[[], None], warn: Callable[[str], None]) -> None:
     """Returns when the job is on its way back into the queue: asks Slurm until it answers, or has killed this process.
 
-    Raises UnsupportedError if Slurm may not requeue it.
+    ask: Site.ensure_requeued or move. Raises UnsupportedError if Slurm may not requeue it, SupersededError if it has.
     """
     for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
         try:
-            await asyncio.to_thread(site.ensure_requeued)
+            await asyncio.to_thread(ask)
             return
-        except UnsupportedError:
+        except (UnsupportedError, SupersededError):
             raise
         except HpccrError as error:
             if pause == PAUSES[0]:

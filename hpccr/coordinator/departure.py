@@ -100,7 +100,7 @@ class Departure:
             self._stop()
             return
         try:
-            await requeued(self._site, self._warn)
+            await requeued(self._site.ensure_requeued, self._warn)
         except UnsupportedError as error:
             self._warn(error.message)  # it is given time, and boots on
             return

@@ -22,7 +22,7 @@ from hpccr.config import Config
 from hpccr.coordinator import plan
 from hpccr.coordinator.agents import LOST_STEP_TIMEOUT, STEP_END_TIMEOUT, Agents, place
 from hpccr.coordinator.candidates import Candidates
-from hpccr.coordinator.checkpoints import Checkpoints
+from hpccr.coordinator.checkpoints import Checkpoints, requeued
 from hpccr.coordinator.departure import Departure
 from hpccr.coordinator.plan import Phase
 from hpccr.coordinator.recovery import Next, after, past
@@ -36,7 +36,7 @@ from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
 from hpccr.coordinator.succession import Succession
 from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
-from hpccr.errors import CorruptError, ExitCode, HpccrError, error_for
+from hpccr.errors import CorruptError, ExitCode, HpccrError, UnsupportedError, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
 from hpccr.store import events
 from hpccr.store.layout import FINISHED, Step
@@ -300,10 +300,15 @@ class Coordinator:
 
     async def _moved(self, error: HpccrError) -> bool:
         """Something is wrong with a node of the allocation: have Slurm find others, if it will."""
+
+        def move() -> None:
+            self._succession.check()  # on a node that is cut off nobody answers, and the job is elsewhere by now
+            self._site.move()
+
         self._checkpoints.leaving = True  # the SIGTERM that follows is no news
         try:
-            await asyncio.to_thread(self._site.move)
-        except HpccrError as refused:
+            await requeued(move, self._loud)
+        except UnsupportedError as refused:
             self._checkpoints.leaving = False
             log.warning("the job cannot be requeued: %s", refused.message)
             return False

@@ -56,7 +56,7 @@ def test_slurm_is_asked_until_it_requeues(slurm: Fake, monkeypatch: pytest.Monke
 
     async def run() -> None:
         slurm.answers("", code=1, complaint="slurm_load_jobs error: Unable to contact slurm controller")
-        waiting = asyncio.create_task(requeued(site(slurm), told.append))
+        waiting = asyncio.create_task(requeued(site(slurm).ensure_requeued, told.append))
         async with asyncio.timeout(20):
             while len(slurm.calls.read_text().splitlines() if slurm.calls.exists() else ()) < 3:
                 await asyncio.sleep(0)
