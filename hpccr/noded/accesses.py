@@ -11,10 +11,11 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from hpccr.errors import CorruptError, UnsupportedError
-from hpccr.noded.scan import DELETED, GONE, Task, Tree, descriptor_flags, mappings
+from hpccr.noded.scan import DELETED, GONE, Named, Tree, named
 
 
 @dataclass(frozen=True)
@@ -38,34 +39,29 @@ def collect(whole: Tree) -> list[Access]:
     found: dict[tuple[str, int], Access] = {}
     nameless: dict[tuple[int, int, int], Access] = {}
 
-    def note(link: str, flags: int, task: Task, path: str | None = None, leased: bool = False) -> None:
+    def note(one: Named) -> None:
         try:
-            name = path if path is not None else os.readlink(link)
-            status = os.stat(link)
+            status = os.stat(one.link)
         except GONE:
             return
         regular = stat.S_ISREG(status.st_mode)
-        device, inode, mode = status.st_dev, status.st_ino, status.st_mode
-        if not name.startswith("/") or not (regular or stat.S_ISDIR(status.st_mode)):
+        if not regular and not stat.S_ISDIR(status.st_mode):
             return
-        if name.endswith(DELETED):
-            key = (device, inode, flags)
-            if regular and status.st_nlink and key not in nameless:
-                handle = os.open(link, os.O_PATH | os.O_CLOEXEC)
-                nameless[key] = Access(name, flags, device, inode, str(task), leased, mode, handle)
-            return
-        found.setdefault((name, flags), Access(name, flags, device, inode, str(task), leased, mode))
+        flags = one.flags & (os.O_ACCMODE | os.O_PATH)
+        access = Access(one.name, flags, status.st_dev, status.st_ino, str(one.task), one.leased >= 0, status.st_mode)
+        if not one.name.endswith(DELETED):
+            found.setdefault((one.name, flags), access)
+        elif regular and status.st_nlink and (key := (status.st_dev, status.st_ino, flags)) not in nameless:
+            nameless[key] = replace(access, handle=os.open(one.link, os.O_PATH | os.O_CLOEXEC))
 
+    for one in named(whole):
+        if not one.flags & os.O_PATH:
+            note(one)
     for task in whole.tasks:
-        for fd, flags, leased in descriptor_flags(task.pid):
-            if not flags & os.O_PATH:
-                note(f"/proc/{task.pid}/fd/{fd}", flags & os.O_ACCMODE, task, leased=leased)
-        for address, permissions, path in mappings(task.pid):
-            writes = permissions[1] == "w" and permissions[3] == "s"
-            note(f"/proc/{task.pid}/map_files/{address}", os.O_RDWR if writes else os.O_RDONLY, task, path)
-        note(f"/proc/{task.pid}/exe", os.O_PATH, task)
-        note(f"/proc/{task.pid}/cwd", os.O_PATH, task)
-        note(f"/proc/{task.pid}/root", os.O_PATH, task)
+        for what in ("exe", "cwd", "root"):
+            link = f"/proc/{task.pid}/{what}"
+            with suppress(*GONE):
+                note(Named(task, link, os.readlink(link), os.O_PATH))
     return [*found.values(), *nameless.values()]
 
 

@@ -65,8 +65,9 @@ class Checkpoint:
         self._files = jobfiles.Saving(home, request.files, directory)
         self._scanned = scan.Tree(home.root)
 
-    def _tree(self) -> scan.Tree:
-        return scan.tree(self._capsule.root, helpers=(self._criu.pid, *self._saving.pids, *self._files.pids))
+    def _tree(self, *, stopped: bool = False) -> scan.Tree:
+        helpers = (self._criu.pid, *self._saving.pids, *self._files.pids)
+        return scan.tree(self._capsule.root, helpers=helpers, stopped=stopped)
 
     async def prepare(self) -> Prepared:
         """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
@@ -129,14 +130,13 @@ class Checkpoint:
         self._criu.answer(True)
         await self._reach("query-ext-files", "freeze the job")
         self._capsule.hold.on()
-        self._scanned = self._tree()
+        self._scanned = self._tree(stopped=True)
         scan.check_whole(self._scanned, self._capsule.identity.uid)
         refusals.check_open(self._scanned, self._capsule.places)
         # Other checkpoints of the node count on the room that this one was given.
         grown = scan.occupied(self._scanned, self._capsule.places) - self._occupied
         self._check_room(self._needed + max(0, grown))
-        services.check(self._scanned)
-        await services.cut(self._scanned)
+        await services.cut(services.check(self._scanned))
         await self._files.write_out(self._scanned)
         return Frozen()
 

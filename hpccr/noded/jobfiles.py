@@ -111,9 +111,10 @@ class Saving:
         return (*self._identities.values(), *map(_nameless_identity, self._nameless))
 
     def _look(self, tree: scan.Tree) -> None:
-        self._files = scan.open_files(tree, self._capsule.places)
-        self._nameless = scan.nameless_files(tree, self._capsule.places)
-        self._read = scan.read_files(tree, self._capsule.places, (file.path for file in self._files))
+        seen, places = tuple(scan.named(tree)), self._capsule.places
+        self._files = scan.open_files(seen, places)
+        self._nameless = scan.nameless_files(seen, places)
+        self._read = scan.read_files(seen, places, (file.path for file in self._files))
 
     @property
     def _shares(self) -> bool:

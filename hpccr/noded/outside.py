@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
@@ -70,17 +69,13 @@ def refuse(tree: Tree, inside: Iterable[str]) -> None:
     if not remote:
         return
     for task in tree.tasks:
-        try:
-            for fd in os.listdir(f"/proc/{task.pid}/fd"):
-                link = os.readlink(f"/proc/{task.pid}/fd/{fd}")
-                if link.startswith("socket:[") and (found := remote.get(int(link[8:-1]))) is not None:
-                    raise UnsupportedError(
-                        f"process {task} has a connection to outside the job: {found}",
-                        hint='close it before the checkpoint, or set checkpoint.outside = "allow": after a restart '
-                        "the program then finds it aborted",
-                    )
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+        for _, link in tree.links(task):
+            if link.startswith("socket:[") and (found := remote.get(int(link[8:-1]))) is not None:
+                raise UnsupportedError(
+                    f"process {task} has a connection to outside the job: {found}",
+                    hint='close it before the checkpoint, or set checkpoint.outside = "allow": after a restart '
+                    "the program then finds it aborted",
+                )
 
 
 def end(inside: Iterable[str]) -> int:

@@ -63,7 +63,9 @@ def check_open(whole: Tree, private: Iterable[str]) -> None:
         if task.state == "Z":
             continue
         try:
-            _check_descriptors(task, places)
+            for fd, link in whole.links(task):
+                with suppress(*GONE):
+                    _check_descriptor(task, fd, link, places)
             _check_maps(task)
         except GONE:
             continue
@@ -74,12 +76,6 @@ def _namespace(pid: int, name: str) -> str:
         return os.readlink(f"/proc/{pid}/ns/{name}")
     except GONE:
         return ""
-
-
-def _check_descriptors(task: Task, places: Iterable[str]) -> None:
-    for fd in os.listdir(f"/proc/{task.pid}/fd"):
-        with suppress(*GONE):
-            _check_descriptor(task, fd, os.readlink(f"/proc/{task.pid}/fd/{fd}"), places)
 
 
 def _check_descriptor(task: Task, fd: str, link: str, places: Iterable[str]) -> None:
@@ -161,11 +157,10 @@ def check_traced(whole: Tree) -> None:
 
 def check_ghosts(whole: Tree, limit: int) -> None:
     """No file that has no name any more takes more than `limit` bytes. Raises UnsupportedError naming one."""
-    for task in whole.tasks:
-        for path, status in scan.ghosts(task):
-            if status.st_blocks * 512 > limit:
-                raise UnsupportedError(
-                    f"process {task} has {path} open, a file without a name any more, with {status.st_blocks * 512} "
-                    f"bytes; up to {limit} are saved with a checkpoint",
-                    hint="let the program keep large scratch files under a name, or have checkpoint.ghost_limit raised",
-                )
+    for one, status in scan.ghosts(scan.named(whole)):
+        if status.st_blocks * 512 > limit:
+            raise UnsupportedError(
+                f"process {one.task} has {one.name.removesuffix(DELETED)} open, a file without a name any more, with "
+                f"{status.st_blocks * 512} bytes; up to {limit} are saved with a checkpoint",
+                hint="let the program keep large scratch files under a name, or have checkpoint.ghost_limit raised",
+            )

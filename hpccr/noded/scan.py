@@ -53,6 +53,39 @@ class Tree:
 
     root: int
     tasks: list[Task] = field(default_factory=list)
+    stopped: bool = False
+    """No task runs, so that all keep what they have open."""
+    _links: dict[int, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
+
+    def links(self, task: Task) -> list[tuple[str, str]]:
+        """Each descriptor of a task, and what /proc says it leads to. Of stopped tasks only what has a name is looked
+        at again in further calls: others can still rename and remove it."""
+        known = self._links.get(task.pid)
+        try:
+            directory = os.open(f"/proc/{task.pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except GONE:
+            return []
+        try:
+            found = list(_read_links(directory, known))
+        finally:
+            os.close(directory)
+        if self.stopped:
+            self._links[task.pid] = found
+        return found
+
+
+def _read_links(directory: int, known: list[tuple[str, str]] | None) -> Iterator[tuple[str, str]]:
+    if known is None:
+        try:
+            known = [(fd, "/") for fd in os.listdir(directory)]
+        except GONE:
+            return
+    for fd, link in known:
+        if not link.startswith("/"):
+            yield fd, link
+            continue
+        with suppress(*GONE):
+            yield fd, os.readlink(fd, dir_fd=directory)
 
 
 def read_task(pid: int, thread: int | None = None) -> Task | None:
@@ -85,12 +118,12 @@ def processes() -> Iterator[Task]:
             yield task
 
 
-def tree(root: int, *, helpers: Iterable[int] = ()) -> Tree:
+def tree(root: int, *, helpers: Iterable[int] = (), stopped: bool = False) -> Tree:
     """All processes but init and, with what descends from them, `helpers`."""
     found = {task.pid: task for task in processes()}
     excluded = {1, *helpers}
     tasks = [task for task in found.values() if not _descends(task, found, excluded - {1}) and task.pid != 1]
-    return Tree(root, sorted(tasks, key=lambda task: task.pid))
+    return Tree(root, sorted(tasks, key=lambda task: task.pid), stopped)
 
 
 def _descends(task: Task, found: dict[int, Task], ancestors: set[int]) -> bool:
@@ -185,7 +218,7 @@ def estimate(whole: Tree, private: Iterable[str], ghost_limit: int) -> int:
     ghosts: dict[tuple[int, int], int] = {}
     for task in whole.tasks:
         kilobytes += _memory(task.pid) + _PER_TASK
-        for status in _deleted_files(task.pid):
+        for status in _deleted_files(whole, task):
             ghosts[status.st_dev, status.st_ino] = min(status.st_blocks * 512, ghost_limit)
     return kilobytes * 1024 + sum(ghosts.values()) + _used(private) + _segments(whole.root)
 
@@ -221,37 +254,61 @@ def _used(private: Iterable[str]) -> int:
     return sum((system.f_blocks - system.f_bfree) * system.f_frsize for system in systems)
 
 
-def descriptors(pid: int) -> list[str]:
-    """Numbers of the descriptors of a process."""
-    try:
-        return os.listdir(f"/proc/{pid}/fd")
-    except GONE:
-        return []
-
-
-def _deleted_files(pid: int) -> Iterator[os.stat_result]:
-    for fd in descriptors(pid):
-        path = f"/proc/{pid}/fd/{fd}"
-        try:
-            if os.readlink(path).endswith(DELETED):
-                status = os.stat(path)
+def _deleted_files(whole: Tree, task: Task) -> Iterator[os.stat_result]:
+    for fd, link in whole.links(task):
+        if link.endswith(DELETED):
+            with suppress(*GONE):
+                status = os.stat(f"/proc/{task.pid}/fd/{fd}")
                 if stat.S_ISREG(status.st_mode):
                     yield status
-        except GONE:
-            continue
 
 
-def ghosts(task: Task) -> Iterator[tuple[str, os.stat_result]]:
-    """Name and status of files without any name that a task has open or mapped, but for those in memory only."""
-    links = [(f"/proc/{task.pid}/fd/{fd}", "") for fd in descriptors(task.pid)]
-    links += [(f"/proc/{task.pid}/map_files/{address}", path) for address, _, path in mappings(task.pid)]
-    for link, name in links:
-        with suppress(*GONE):
-            path = name or os.readlink(link)
-            if path.startswith("/") and path.endswith(DELETED) and not path.startswith(_MEMORY):
-                status = os.stat(link)
+@dataclass(frozen=True)
+class Named:
+    """What a task has open or mapped and what has a name: a file, a directory, a device, named memory."""
+
+    task: Task
+    link: str
+    """Below /proc: leads to it whatever becomes of the name."""
+    name: str
+    """As /proc tells it: once it is removed, with DELETED at its end."""
+    flags: int
+    """Of open(2); of a mapping O_RDWR where what the task writes to it goes to the file."""
+    leased: int = -1
+    """The descriptor, if there is a lease on it (fcntl(2))."""
+    program: bool = False
+    """Mapped to be executed."""
+
+
+def named(whole: Tree) -> Iterator[Named]:
+    """All of them. /proc/PID/fdinfo is read of these only: it takes long, and most descriptors have no name."""
+    for task in whole.tasks:
+        for fd, name in whole.links(task):
+            if name.startswith("/"):
+                flags, leased = _descriptor(task.pid, fd)
+                if flags >= 0:
+                    yield Named(task, f"/proc/{task.pid}/fd/{fd}", name, flags, int(fd) if leased else -1)
+        for address, permissions, name in mappings(task.pid):
+            flags = os.O_RDWR if permissions[1] == "w" and permissions[3] == "s" else os.O_RDONLY
+            link = f"/proc/{task.pid}/map_files/{address}"
+            yield Named(task, link, name, flags, program=permissions[2] == "x")
+
+
+def _descriptor(pid: int, fd: str) -> tuple[int, bool]:
+    """Flags of open(2), -1 where it is gone, and whether there is a lease on it."""
+    facts = lines(f"/proc/{pid}/fdinfo/{fd}")
+    leased = any(line.startswith("lock:") and " LEASE " in line for line in facts)
+    return next((int(line.split()[1], 8) for line in facts if line.startswith("flags:")), -1), leased
+
+
+def ghosts(seen: Iterable[Named]) -> Iterator[tuple[Named, os.stat_result]]:
+    """Files without any name that tasks have open or mapped, but for those in memory only."""
+    for one in seen:
+        if one.name.endswith(DELETED) and not one.name.startswith(_MEMORY):
+            with suppress(*GONE):
+                status = os.stat(one.link)
                 if stat.S_ISREG(status.st_mode) and not status.st_nlink:
-                    yield path.removesuffix(DELETED), status
+                    yield one, status
 
 
 _MEMORY = ("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/[aio]")
@@ -296,7 +353,7 @@ def identity(path: str, status: os.stat_result) -> bytes:
     return blake3(f"{facts} ".encode() + os.fsencode(path)).digest(length=16)
 
 
-def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
+def open_files(seen: Iterable[Named], private: Iterable[str]) -> tuple[OpenFile, ...]:
     """Regular files some task can write to (open for writing, or mapped shared and writable), by path.
 
     Left out: deleted files (CRIU saves them; but see nameless_files) and what lies in a private directory (saved as a
@@ -304,36 +361,21 @@ def open_files(whole: Tree, private: Iterable[str]) -> tuple[OpenFile, ...]:
     """
     places = (*private, "/proc", "/sys")
     found: dict[str, OpenFile] = {}
-
-    def note(path: str, status: os.stat_result, append: bool, leased: tuple[int, int] | None = None) -> None:
-        if not stat.S_ISREG(status.st_mode) or not path.startswith("/") or path.endswith(DELETED):
-            return
-        if below(path, places):
-            return
-        before = found.get(path)
-        if before is not None:
-            append, leased = append and before.append, leased or before.leased
-        found[path] = OpenFile(path, status, append, leased)
-
-    for task in whole.tasks:
-        for fd, flags, leased in descriptor_flags(task.pid):
-            if flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR):
-                link = f"/proc/{task.pid}/fd/{fd}"
-                try:
-                    holder = (task.pid, int(fd)) if leased else None
-                    note(os.readlink(link), os.stat(link), bool(flags & os.O_APPEND), holder)
-                except GONE:
-                    continue
-        for address, permissions, path in mappings(task.pid):
-            if permissions[1] == "w" and permissions[3] == "s":
-                try:
-                    note(path, os.stat(f"/proc/{task.pid}/map_files/{address}"), False)
-                except GONE:
-                    continue
+    for one in seen:
+        if one.flags & os.O_ACCMODE == os.O_RDONLY or one.name.endswith(DELETED) or below(one.name, places):
+            continue
+        with suppress(*GONE):
+            status = os.stat(one.link)
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            append, leased = bool(one.flags & os.O_APPEND), (one.task.pid, one.leased) if one.leased >= 0 else None
+            if (before := found.get(one.name)) is not None:
+                append, leased = append and before.append, leased or before.leased
+            found[one.name] = OpenFile(one.name, status, append, leased)
     return tuple(found[path] for path in sorted(found))
 
 
-def read_files(whole: Tree, private: Iterable[str], written: Iterable[str]) -> dict[str, os.stat_result]:
+def read_files(seen: Iterable[Named], private: Iterable[str], written: Iterable[str]) -> dict[str, os.stat_result]:
     """By path: regular files that tasks have open or mapped and only read, but for programs and libraries.
 
     written: what some task can write to (open_files). Left out as there: deleted files, private directories.
@@ -341,26 +383,17 @@ def read_files(whole: Tree, private: Iterable[str], written: Iterable[str]) -> d
     places = (*private, "/proc", "/sys")
     found: dict[str, os.stat_result] = {}
     left_out = set(written)
-
-    def note(path: str, link: str) -> None:
-        if not path.startswith("/") or path.endswith(DELETED) or path in found or below(path, places):
-            return
+    for one in seen:
+        if one.program:
+            left_out.add(one.name)
+        if one.name in left_out or one.name in found or one.flags & os.O_PATH or one.leased >= 0:
+            continue
+        if one.flags & os.O_ACCMODE or one.name.endswith(DELETED) or below(one.name, places):
+            continue
         with suppress(*GONE):
-            status = os.stat(link)
+            status = os.stat(one.link)
             if stat.S_ISREG(status.st_mode):
-                found[path] = status
-
-    for task in whole.tasks:
-        for fd, flags, leased in descriptor_flags(task.pid):
-            if not flags & (os.O_PATH | os.O_ACCMODE) and not leased:
-                link = f"/proc/{task.pid}/fd/{fd}"
-                with suppress(*GONE):
-                    note(os.readlink(link), link)
-        for address, permissions, path in mappings(task.pid):
-            if permissions[2] == "x":
-                left_out.add(path)
-            else:
-                note(path, f"/proc/{task.pid}/map_files/{address}")
+                found[one.name] = status
     return {path: found[path] for path in sorted(found.keys() - left_out)}
 
 
@@ -381,45 +414,20 @@ class NamelessFile:
         return self.path, self.status.st_dev, self.status.st_ino
 
 
-def nameless_files(whole: Tree, private: Iterable[str]) -> tuple[NamelessFile, ...]:
+def nameless_files(seen: Iterable[Named], private: Iterable[str]) -> tuple[NamelessFile, ...]:
     """All of them outside private directories, by path and inode. CRIU finds such a file again by a link of its own
     beside the removed name, which goes when the tasks run on."""
     places = (*private, "/proc", "/sys")
     found: dict[tuple[str, int, int], NamelessFile] = {}
-
-    def note(link: str, name: str, task: Task) -> None:
-        if not name.startswith("/") or not name.endswith(DELETED):
-            return
-        path = name.removesuffix(DELETED)
-        status = os.stat(link)
-        if not stat.S_ISREG(status.st_mode) or not status.st_nlink or below(path, places):
-            return
-        found[path, status.st_dev, status.st_ino] = NamelessFile(path, status, str(task))
-
-    for task in whole.tasks:
-        links = [(f"/proc/{task.pid}/fd/{fd}", "") for fd in descriptors(task.pid)]
-        links += [(f"/proc/{task.pid}/map_files/{address}", path) for address, _, path in mappings(task.pid)]
-        for link, name in links:
-            try:
-                note(link, name or os.readlink(link), task)
-            except GONE:
-                continue
+    for one in seen:
+        path = one.name.removesuffix(DELETED)
+        if path == one.name or below(path, places):
+            continue
+        with suppress(*GONE):
+            status = os.stat(one.link)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink:
+                found[path, status.st_dev, status.st_ino] = NamelessFile(path, status, str(one.task))
     return tuple(found[key] for key in sorted(found))
-
-
-def descriptor_flags(pid: int) -> Iterator[tuple[str, int, bool]]:
-    """Descriptor, flags of open(2), whether there is a lease on it."""
-    try:
-        names = os.listdir(f"/proc/{pid}/fdinfo")
-    except GONE:
-        return
-    for fd in names:
-        facts = lines(f"/proc/{pid}/fdinfo/{fd}")
-        leased = any(line.startswith("lock:") and " LEASE " in line for line in facts)
-        for line in facts:
-            if line.startswith("flags:"):
-                yield fd, int(line.split()[1], 8), leased
-                break
 
 
 def mappings(pid: int) -> Iterator[tuple[str, str, str]]:

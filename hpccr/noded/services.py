@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hpccr.errors import UnsupportedError
@@ -52,34 +53,29 @@ class Link:
 def links(tree: Tree) -> list[Link]:
     """All of them, by process. A socket that several processes share is listed for each."""
     # Where the other end is tells nothing: the end a server accepts belongs to the client's network namespace.
-    own = {inode for task in tree.tasks for inode in _sockets(task)}
+    own = {inode for task in tree.tasks for _, inode in _sockets(tree, task)}
     outside = {inode for inode, peer in sockdiag.unix_peers().items() if inode in own and peer and peer not in own}
-    return [link for task in tree.tasks for link in _links_of(task, outside)] if outside else []
+    return [link for task in tree.tasks for link in _links_of(tree, task, outside)] if outside else []
 
 
-def _sockets(task: Task) -> Iterator[int]:
+def _sockets(tree: Tree, task: Task) -> Iterator[tuple[int, int]]:
+    for fd, link in tree.links(task):
+        if link.startswith("socket:["):
+            yield int(fd), int(link[8:-1])
+
+
+def _links_of(tree: Tree, task: Task, outside: set[int]) -> Iterator[Link]:
+    for fd, inode in _sockets(tree, task):
+        if inode in outside:
+            # It has ended, or closed that one.
+            with suppress(OSError), _copy(task.pid, fd) as copy:
+                yield Link(task, fd, inode, _peer_name(copy), copy.type)
+
+
+def _copy(pid: int, fd: int) -> socket.socket:
+    pidfd = os.pidfd_open(pid)
     try:
-        for name in os.listdir(f"/proc/{task.pid}/fd"):
-            text = os.readlink(f"/proc/{task.pid}/fd/{name}")
-            if text.startswith("socket:["):
-                yield int(text[8:-1])
-    except (FileNotFoundError, ProcessLookupError):
-        return  # it has ended, or closed that one
-
-
-def _links_of(task: Task, outside: set[int]) -> Iterator[Link]:
-    try:
-        pidfd = os.pidfd_open(task.pid)
-    except ProcessLookupError:
-        return
-    try:
-        for name in os.listdir(f"/proc/{task.pid}/fd"):
-            text = os.readlink(f"/proc/{task.pid}/fd/{name}")
-            if text.startswith("socket:[") and (inode := int(text[8:-1])) in outside:
-                with socket.socket(fileno=syscalls.pidfd_getfd(pidfd, int(name))) as copy:
-                    yield Link(task, int(name), inode, _peer_name(copy), copy.type)
-    except (FileNotFoundError, ProcessLookupError):
-        return  # it has ended
+        return socket.socket(fileno=syscalls.pidfd_getfd(pidfd, fd))
     finally:
         os.close(pidfd)
 
@@ -89,23 +85,24 @@ def _peer_name(copy: socket.socket) -> str:
     return name if isinstance(name, str) else "@" + bytes(name[1:]).decode(errors="replace")
 
 
-def check(tree: Tree) -> None:
-    """Raises UnsupportedError naming the first connection that is to none of WELL_KNOWN."""
-    for link in links(tree):
+def check(tree: Tree) -> list[Link]:
+    """What there is to cut. Raises UnsupportedError naming the first connection that is to none of WELL_KNOWN."""
+    found = links(tree)
+    for link in found:
         if not below(link.path, WELL_KNOWN):
             raise UnsupportedError(
                 f"process {link.task} has a unix socket to a process outside the job: {link.path or 'without a name'} "
                 f"(descriptor {link.fd})",
                 hint="start that service inside the job, or close the connection before the checkpoint",
             )
+    return found
 
 
-async def cut(tree: Tree) -> None:
+async def cut(found: list[Link]) -> None:
     """Disconnect all of them; the tasks are frozen. Returns when the services have closed their ends.
 
     Raises UnsupportedError for a service that does not within PATIENCE.
     """
-    found = links(tree)
     for link in found:
         _cut(link)
     limit = time.monotonic() + PATIENCE
@@ -122,12 +119,8 @@ async def cut(tree: Tree) -> None:
 
 
 def _cut(link: Link) -> None:
-    pidfd = os.pidfd_open(link.task.pid)
-    try:
-        with socket.socket(fileno=syscalls.pidfd_getfd(pidfd, link.fd)) as copy:
-            if link.kind == socket.SOCK_DGRAM:
-                syscalls.disconnect(copy.fileno())
-            else:
-                copy.shutdown(socket.SHUT_RDWR)
-    finally:
-        os.close(pidfd)
+    with _copy(link.task.pid, link.fd) as copy:
+        if link.kind == socket.SOCK_DGRAM:
+            syscalls.disconnect(copy.fileno())
+        else:
+            copy.shutdown(socket.SHUT_RDWR)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,10 @@ def own_tree() -> scan.Tree:
     own = scan.read_task(os.getpid())
     assert own is not None
     return scan.Tree(own.pid, [own])
+
+
+def own_files() -> list[scan.Named]:
+    return list(scan.named(own_tree()))
 
 
 def test_a_task_is_read_as_the_kernel_tells_it() -> None:
@@ -111,11 +117,11 @@ def test_files_that_can_be_written_are_found_with_size_and_mode(tmp_path: Path) 
     for path in (appended, inplace, read):
         path.write_bytes(b"12345")
     with appended.open("ab"), inplace.open("r+b") as file, read.open("rb"):
-        found = {file.path: file for file in scan.open_files(own_tree(), [])}
+        found = {file.path: file for file in scan.open_files(own_files(), [])}
         assert found[str(appended)].append and not found[str(inplace)].append
         assert os.path.samestat(found[str(inplace)].status, os.fstat(file.fileno()))
         assert str(read) not in found
-        assert scan.open_files(own_tree(), [str(tmp_path)]) == tuple(
+        assert scan.open_files(own_files(), [str(tmp_path)]) == tuple(
             file for path, file in found.items() if not path.startswith(str(tmp_path))
         )
 
@@ -130,17 +136,40 @@ def test_files_that_are_only_read_are_found_but_no_programs(tmp_path: Path, monk
         program = mmap.mmap(files[3].fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
         programs = [mapping for mapping in scan.mappings(os.getpid()) if mapping[1][2] == "x"]
         monkeypatch.setattr(scan, "mappings", lambda pid: programs)  # only root can look at what is mapped
-        tree = own_tree()
-        written = [file.path for file in scan.open_files(tree, [])]
-        found = scan.read_files(tree, [str(tmp_path / "private")], written)
+        seen = own_files()
+        written = [file.path for file in scan.open_files(seen, [])]
+        found = scan.read_files(seen, [str(tmp_path / "private")], written)
         assert {path for path in found if path.startswith(str(tmp_path))} == {str(tmp_path / "read")}
         assert os.path.samestat(found[str(tmp_path / "read")], os.fstat(files[0].fileno())) and program
+
+
+def test_only_what_has_a_name_is_looked_at_closely(tmp_path: Path) -> None:
+    one, other = socket.socketpair()
+    with one, other, (tmp_path / "file").open("wb") as file:
+        links = dict(own_tree().links(own_tree().tasks[0]))
+        assert links[str(one.fileno())].startswith("socket:[") and links[str(file.fileno())] == str(tmp_path / "file")
+        seen = {name.link.rsplit("/", 1)[1] for name in own_files()}
+        assert str(file.fileno()) in seen and not {str(one.fileno()), str(other.fileno())} & seen
+
+
+def test_of_stopped_tasks_only_names_are_looked_at_again(tmp_path: Path) -> None:
+    tree = replace(own_tree(), stopped=True)
+    reading, writing = os.pipe()
+    with (tmp_path / "file").open("wb") as file:
+        before = dict(tree.links(tree.tasks[0]))
+        os.close(reading)
+        (tmp_path / "file").rename(tmp_path / "moved")
+        after = dict(tree.links(tree.tasks[0]))
+        now = dict(own_tree().links(tree.tasks[0]))
+        os.close(writing)
+        assert before[str(reading)] == after[str(reading)] != now.get(str(reading))
+        assert (before[str(file.fileno())], after[str(file.fileno())]) == (file.name, str(tmp_path / "moved"))
 
 
 def test_one_writer_without_append_makes_the_file_not_append_only(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("ab"), path.open("r+b"):
-        (found,) = [file for file in scan.open_files(own_tree(), []) if file.path == str(path)]
+        (found,) = [file for file in scan.open_files(own_files(), []) if file.path == str(path)]
     assert not found.append
 
 
@@ -148,7 +177,7 @@ def test_deleted_files_are_not_recorded(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("wb"):
         path.unlink()
-        assert not [file for file in scan.open_files(own_tree(), []) if str(path) in file.path]
+        assert not [file for file in scan.open_files(own_files(), []) if str(path) in file.path]
 
 
 def test_a_removed_name_of_a_living_file_is_found(tmp_path: Path) -> None:
@@ -157,12 +186,12 @@ def test_a_removed_name_of_a_living_file_is_found(tmp_path: Path) -> None:
         other.hardlink_to(path)
         path.unlink()
         path.touch()
-        (found,) = [one for one in scan.nameless_files(own_tree(), []) if str(tmp_path) in one.path]
+        (found,) = [one for one in scan.nameless_files(own_files(), []) if str(tmp_path) in one.path]
         assert found.path == str(path) and os.path.samestat(found.status, other.stat())
         assert str(own_tree().tasks[0]) == found.holder
-        assert not [one for one in scan.nameless_files(own_tree(), [str(tmp_path)]) if str(tmp_path) in one.path]
+        assert not [one for one in scan.nameless_files(own_files(), [str(tmp_path)]) if str(tmp_path) in one.path]
         other.unlink()
-        assert not [one for one in scan.nameless_files(own_tree(), []) if str(tmp_path) in one.path]
+        assert not [one for one in scan.nameless_files(own_files(), []) if str(tmp_path) in one.path]
 
 
 @pytest.mark.parametrize(
