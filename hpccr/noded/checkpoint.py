@@ -38,6 +38,9 @@ from hpccr.wire.messages import Frozen, Prepared, Released, Surveyed
 ABORT_SECONDS = 600.0
 """How long CRIU may take to come to its next barrier after an abort; then it is killed and its damage repaired."""
 
+FREEZE_SHARE = 2 / 3
+"""Of checkpoint.freeze_timeout: what CRIU has to stop all tasks. The rest is for what comes then."""
+
 PASSING = re.compile(
     r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b"
     r"|netlink: The socket has data to read"
@@ -97,7 +100,8 @@ class Checkpoint:
             {
                 "leave_running": True,
                 "ghost_limit": min(self._request.ghost_limit, 0xFFFFFFFF),
-                "timeout": max(1, math.ceil(self._request.freeze_timeout)),
+                # Well before the coordinator's: CRIU knows which task does not stop, and why.
+                "timeout": max(1, math.floor(self._request.freeze_timeout * FREEZE_SHARE)),
             },
         )
         await self._reach("pre-dump", "start")

@@ -171,6 +171,9 @@ class Criu:
     async def give_up(self) -> None:
         """Answer false now and at every notification to come, until CRIU has exited."""
         if self._socket is None:
+            # It has said its last, and may not be gone yet.
+            if self.running:
+                await self._finish(Final(False))
             return
         if self.at:
             self.answer(False)
@@ -279,7 +282,8 @@ class Criu:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        code = await self._exited if self._exited is not None else 0
+        # An abort may cancel whoever waits here, and the future is others' too.
+        code = await asyncio.shield(self._exited) if self._exited is not None else 0
         if code == 127:
             raise HpccrError(f"cannot execute {self._program}", hint="install CRIU 4.2 or newer, or set node.criu")
         self.at = ""

@@ -216,9 +216,10 @@ class Capsule:
         room: int = 1 << 40,
         files: FileRules | None = None,
         private_limit: int = 1 << 30,
+        freeze_timeout: float = 10.0,
     ) -> InitReply | None:
         request = InitPrepare(
-            freeze_timeout=10.0,
+            freeze_timeout=freeze_timeout,
             ghost_limit=1 << 30,
             outside=outside,
             room=room,
@@ -634,6 +635,40 @@ def aborted_in_the_middle_the_job_goes_on(home: Path) -> None:
                 assert isinstance(one.receive(), Aborted)
                 one.write(b"go\n")
                 assert one.read_until(b"\n") == b"%d\n" % (400 << 20)
+
+
+@case
+def a_task_that_cannot_be_stopped_is_told_in_time(home: Path) -> None:
+    """One in state D, as a hung file server makes them; here it waits for its child to execute a program. CRIU says so
+    before whoever waits for the answer gives up, and an abort in that moment hurts nothing."""
+    limit = 6.0
+    os.mkfifo(home / "fifo", 0o666)
+    os.chmod(home / "fifo", 0o666)
+    with capsule() as one, spool() as first, spool() as second, spool() as third:
+        one.script(f"""
+            import os
+            print("ready", flush=True)
+            opens = [(os.POSIX_SPAWN_OPEN, 0, {str(home / "fifo")!r}, os.O_RDONLY, 0)]
+            os.waitpid(os.posix_spawn("/bin/true", ["true"], {{}}, file_actions=opens), 0)
+            print("stopped", input(), flush=True)
+        """)
+        one.read_until(b"ready\n")
+        for directory in (first, second):
+            assert isinstance(one.prepare(directory, freeze_timeout=limit), Prepared)
+            asked = time.monotonic()
+            one.send(Freeze())
+            if directory == second:
+                one.send(Abort(reason="too slow"))
+                expect_failed(one.receive(), "aborted: too slow")
+            else:
+                expect_failed(one.receive(), "freeze", "state D")
+                assert time.monotonic() - asked < limit
+                one.send(Abort(reason="test"))
+            assert isinstance(one.receive(), Aborted)
+        (home / "fifo").write_bytes(b"")
+        one.checkpoint(third, kill=False)
+        one.write(b"1\n")
+        one.read_until(b"stopped 1\n")
 
 
 @case
