@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 
 import msgspec
 
@@ -37,6 +38,9 @@ from hpccr.wire.messages import Frozen, Prepared, Released, Surveyed
 
 ABORT_SECONDS = 600.0
 """How long CRIU may take to come to its next barrier after an abort; then it is killed and its damage repaired."""
+
+LOOK_SECONDS = 1.0
+"""For a look at who waits in poll(2): it goes to processors on which tasks run."""
 
 FREEZE_SHARE = 2 / 3
 """Of checkpoint.freeze_timeout: what CRIU has to stop all tasks. The rest is for what comes then."""
@@ -67,6 +71,8 @@ class Checkpoint:
         self._stopped_at = 0.0
         self._files = jobfiles.Saving(home, request.files, directory)
         self._scanned = scan.Tree(home.root)
+        self._polls: list[interrupted.Poll] = []
+        self._waited: dict[int, interrupted.Poll] = {}
 
     def _tree(self, *, stopped: bool = False) -> scan.Tree:
         helpers = (self._criu.pid, *self._saving.pids, *self._files.pids)
@@ -105,6 +111,7 @@ class Checkpoint:
             },
         )
         await self._reach("pre-dump", "start")
+        self._polls = await self._waiting()
         return Prepared(estimate=self._needed)
 
     def _check_room(self, needed: int) -> None:
@@ -113,6 +120,16 @@ class Checkpoint:
                 f"the dump may take {needed} bytes and the spool has {self._request.room} free",
                 hint="free space below node.spool, put it on a larger disk, or lower node.spool_reserve",
             )
+
+    async def _waiting(self) -> list[interrupted.Poll]:
+        """Not worth to fail for, nor to wait long for a processor."""
+        tree = self._tree()
+        work = child.work(self._capsule.reaper, lambda: msgspec.to_builtins(interrupted.look(tree)), identity=None)
+        try:
+            return msgspec.convert(await asyncio.wait_for(work, LOOK_SECONDS), list[interrupted.Poll])
+        except (TimeoutError, HpccrError) as error:
+            print(f"hpccr: cannot see who waits in poll(2): {error!r}", file=sys.stderr)
+            return []
 
     async def _check_reachable(self, tree: scan.Tree) -> None:
         """CRIU, as root, finds what the tasks have by name, and so has the user to."""
@@ -134,6 +151,7 @@ class Checkpoint:
         self._criu.answer(True)
         await self._reach("query-ext-files", "freeze the job")
         self._capsule.hold.on()
+        self._waited = interrupted.still(self._polls)
         self._scanned = self._tree(stopped=True)
         scan.check_whole(self._scanned, self._capsule.identity.uid)
         refusals.check_open(self._scanned, self._capsule.places)
@@ -187,10 +205,12 @@ class Checkpoint:
 
     def _repair_images(self) -> None:
         """See interrupted.py and jobfiles.py. The tasks run, or are dead, and nobody has read the images yet."""
+        core = self._capsule.images.core_pb2.core_entry
         for name in os.listdir(self._directory):
             if name.startswith("core-") and name.endswith(".img"):
-                core = self._capsule.images.core_pb2.core_entry
-                imagefile.change(self._directory, name, core, interrupted.repair)
+                poll = self._waited.get(int(name.removeprefix("core-").removesuffix(".img")))
+                repair = partial(interrupted.repair, poll=poll, stopped=self._stopped_at)
+                imagefile.change(self._directory, name, core, repair)
         self._files.loosen()
 
     def _criu_seconds(self) -> float:

@@ -3,7 +3,11 @@
 A task that was stopped in poll(2), or in a sleep or a futex(2) with a time limit, goes on by restart_syscall(2), whose
 state is the kernel's and in no image. CRIU restores such a task with EINTR, which no program expects that has no signal
 handler: some end. So the registers in the images are set as CRIU sets them for all other calls, to make the call again:
-a sleep with what was left of it, where the kernel has told the program that, else with its whole limit.
+a sleep with what was left of it, where the kernel has told the program that, a poll with what was left of it where
+that can be known (look, still), a futex with its whole limit.
+
+No file says when a call began, but /proc/PID/sched when a thread last ran (kernel/sched/debug.c), which it does not
+while it waits: in its processor's own time, which stands still for interrupts and for what a hypervisor takes away.
 
 Only x86-64, where the registers are known; elsewhere images stay as CRIU has made them.
 """
@@ -11,8 +15,15 @@ Only x86-64, where the registers are known; elsewhere images stay as CRIU has ma
 from __future__ import annotations
 
 import errno
+import os
 import platform
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import msgspec
+
+from hpccr.noded.scan import GONE, Tree, lines
 
 _POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP = 7, 35, 202, 230
 _INTERRUPTED = (1 << 64) - errno.EINTR
@@ -22,8 +33,101 @@ _NATIVE = 1
 """user_x86_regs_mode of CRIU's images (images/core-x86.proto)."""
 
 
-def repair(entry: Any) -> bool:
-    """Change a thread's entry of a core image (core_entry); whether there was anything to change."""
+class Poll(msgspec.Struct, frozen=True):
+    """A thread that waits in poll(2) with a limit."""
+
+    process: int
+    thread: int
+    arguments: tuple[int, int, int]
+    """As in its registers."""
+    processor: int
+    ran: float
+    """When it last ran, in milliseconds of its processor's time."""
+    waits: int
+    """How often it has given its processor away to wait for something."""
+    began: float = 0.0
+    """When it last ran, by time.monotonic()."""
+
+    def left(self, now: float) -> int:
+        """Milliseconds."""
+        return max(0, _limit(self.arguments) - round((now - self.began) * 1000))
+
+
+def look(whole: Tree) -> list[Poll]:
+    """Threads that wait in poll(2) with a limit; none where the kernel does not tell. To be called in a helper of its
+    own, which goes from processor to processor to read their clocks, while the tasks run."""
+    found = [poll for task in whole.tasks for poll in _polls(task.pid)] if platform.machine() == "x86_64" else []
+    result = []
+    for processor in {poll.processor for poll in found}:
+        try:
+            os.sched_setaffinity(0, {processor})
+        except OSError:
+            continue
+        os.sched_yield()  # its time is written down up to here
+        # In this order: who is interrupted in between waits longer, not shorter.
+        clock, now = last_ran(lines("/proc/thread-self/sched")), time.monotonic()
+        result += [
+            msgspec.structs.replace(poll, began=now - (clock - poll.ran) / 1000)
+            for poll in found
+            if poll.processor == processor and clock >= poll.ran
+        ]
+    return result
+
+
+def _polls(pid: int) -> Iterator[Poll]:
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except GONE:
+        return
+    for thread in threads:
+        place = f"/proc/{pid}/task/{thread}"
+        arguments = polled(lines(f"{place}/syscall"))
+        if arguments is None:
+            continue
+        # Before the rest: if it returns from the call only to make it again, that is noticed (still).
+        waits = _waits(place)
+        ran, status = last_ran(lines(f"{place}/sched")), lines(f"{place}/stat")
+        if ran and status and waits:
+            yield Poll(pid, int(thread), arguments, int(status[-1].rpartition(")")[2].split()[36]), ran, waits)
+
+
+def _waits(place: str) -> int:
+    facts = lines(f"{place}/status")
+    return next((int(line.split()[1]) for line in facts if line.startswith("voluntary_ctxt_switches:")), 0)
+
+
+def polled(call: list[str]) -> tuple[int, int, int] | None:
+    """The arguments, if a thread's /proc file syscall shows a poll(2) with a limit."""
+    words = call[0].split() if call else []
+    if len(words) < 4 or words[0] != str(_POLL):
+        return None
+    arguments = int(words[1], 16), int(words[2], 16), int(words[3], 16)
+    return arguments if 0 < _limit(arguments) < 1 << 31 else None
+
+
+def _limit(arguments: tuple[int, int, int]) -> int:
+    return arguments[2] & 0xFFFFFFFF
+
+
+def last_ran(facts: list[str]) -> float:
+    """Milliseconds, from a /proc file sched; 0 where it does not say."""
+    for line in facts:
+        name, _, value = line.partition(":")
+        if name.strip() == "se.exec_start":
+            return float(value)
+    return 0.0
+
+
+def still(polls: Iterable[Poll]) -> dict[int, Poll]:
+    """By thread: those that have been in the same call since look(). They are stopped by now, which is counted too."""
+    return {poll.thread: poll for poll in polls if _waits(f"/proc/{poll.process}/task/{poll.thread}") == poll.waits + 1}
+
+
+def repair(entry: Any, poll: Poll | None = None, stopped: float = 0.0) -> bool:
+    """Change a thread's entry of a core image (core_entry); whether there was anything to change.
+
+    poll: what is known of the thread (still). stopped: when it was stopped, by time.monotonic().
+    """
     if platform.machine() != "x86_64" or not entry.HasField("thread_info"):
         return False
     registers = entry.thread_info.gpregs
@@ -37,6 +141,8 @@ def repair(entry: Any) -> bool:
         registers.di = registers.si
     elif call == _CLOCK_NANOSLEEP and registers.r10:
         registers.dx = registers.r10
+    elif call == _POLL and poll is not None and poll.arguments == (registers.di, registers.si, registers.dx):
+        registers.dx = poll.left(stopped)
     registers.ax = call
     registers.ip -= _INSTRUCTION
     return True

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hpccr.model import FILES_DATA, FileRules
 from hpccr.noded import ahead
@@ -592,7 +593,7 @@ def files_that_are_only_read_may_change(home: Path) -> None:
 WAITING = """
     import ctypes, json, os, select, struct, sys, threading, time
     libc = ctypes.CDLL(None, use_errno=True)
-    ended, threads = {}, {}
+    ended, threads, limits = {}, {}, []
     pipes = {name: os.pipe() for name in ("poll", "endless")}
     polled = {name: ctypes.create_string_buffer(struct.pack("ihh", pipes[name][0], 1, 0)) for name in pipes}
     request, left = (ctypes.c_long * 2)(100_000, 0), {name: (ctypes.c_long * 2)() for name in ("sleep", "clock")}
@@ -616,7 +617,10 @@ WAITING = """
         for name, thread in threads.items():
             try:
                 with open(f"/proc/self/task/{thread}/syscall") as file:
-                    said[name] = file.read().split()[0]
+                    words = file.read().split()
+                said[name] = words[0]
+                if name == "poll":
+                    limits[:] = [int(words[3], 16)]
             except FileNotFoundError:
                 said[name] = "ended"
         return said
@@ -631,26 +635,27 @@ WAITING = """
             libc.syscall(202, ctypes.byref(word), 1, 1)
             while len(ended) < 3:
                 time.sleep(0.01)
-        print(json.dumps([ended, calls() if line != "end\\n" else {}, [99_000 < left[name][0] for name in left]]),
-              flush=True)
+        print(json.dumps([ended, calls() if line != "end\\n" else {}, [99_000 < left[name][0] for name in left],
+                          limits]), flush=True)
 """
 
 
 @case
 def what_waits_goes_on_waiting(home: Path) -> None:
     """Calls that the kernel goes on with by itself after a stop, which end with EINTR in CRIU's images: poll, sleeps, a
-    futex with a limit. After a restart, and after another one."""
+    futex with a limit. After a restart, and after another one. The poll waits for what was left of its limit."""
     images: dict[int, InitDumped] = {}
     named = {"poll": "7", "endless": "7", "sleep": "35", "clock": "230", "futex": "202"}
 
-    def told(one: capsule_init_checks.Capsule, line: str) -> list[dict[str, object]]:
+    def told(one: capsule_init_checks.Capsule, line: str) -> list[Any]:
         one.write(f"{line}\n".encode())
         answer = one.read_until(b"\n")
         assert answer.startswith(b"[{"), one.read_rest()
-        found: list[dict[str, object]] = json.loads(answer)
+        found: list[Any] = json.loads(answer)
         return found
 
     with spool() as first, spool() as second:
+        limit, began = 100_000_000, time.monotonic()
         with capsule() as one:
             one.script(WAITING)
             one.read_until(b"ready\n")
@@ -658,8 +663,11 @@ def what_waits_goes_on_waiting(home: Path) -> None:
         for source, target in ((first, second), (second, None)):
             with capsule() as two:
                 two.restart(source, images[source])
-                found = told(two, "look")
+                *found, (left,) = told(two, "look")
                 assert found == [{}, named, [True, True]], found
+                passed = (time.monotonic() - began) * 1000
+                assert 100_000_000 - passed < left < limit, (left, limit, passed)
+                limit = left
                 if target is not None:
                     images[target], _ = two.checkpoint(target, kill=True)
                 else:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pycriu.images import core_pb2
 
-from hpccr.noded import interrupted
+from hpccr.noded import child, interrupted, scan
 
 EINTR = (1 << 64) - 4
 LEFT, ASKED = 0x7000, 0x6000
@@ -80,3 +87,70 @@ def test_everything_else_stays(entry: Any) -> None:
 def test_other_processors_registers_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert not interrupted.repair(thread(7))
+
+
+WAITED = interrupted.Poll(300, 301, (ASKED, LEFT, 5000), 1, 100.0, 7, began=50.0)
+
+
+@pytest.mark.parametrize(("stopped", "left"), [(52.0, 3000), (54.9996, 0), (60.0, 0), (50.0, 5000)])
+def test_a_poll_goes_on_with_what_was_left(stopped: float, left: int) -> None:
+    entry = thread(7, dx=5000)
+    assert interrupted.repair(entry, WAITED, stopped) and entry == thread(7, 7, ip=1000, dx=left)
+
+
+@pytest.mark.parametrize("changes", [{"di": LEFT}, {"si": ASKED}, {"dx": 4000}])
+def test_another_poll_waits_for_its_whole_limit(changes: dict[str, int]) -> None:
+    entry = thread(7, **({"dx": 5000} | changes))
+    assert interrupted.repair(entry, WAITED, 52.0)
+    assert entry == thread(7, 7, ip=1000, **({"dx": 5000} | changes))
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("7 0x7ffe9543fe88 0x1 0xea60 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", (0x7FFE9543FE88, 1, 60000)),
+        ("7 0x7ffe9543fe88 0x1 0xffffffffffffffff 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", None),
+        ("7 0x7ffe9543fe88 0x1 0xffffffff 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", None),
+        ("7 0x7ffe9543fe88 0x1 0x0 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", None),
+        ("271 0x7ffe9543fe88 0x1 0xea60 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", None),
+        ("running", None),
+        ("-1 0x7ffe9543fe30 0x7f950d3bb3a7", None),
+        ("", None),
+    ],
+)
+def test_polls_with_a_limit_are_known(line: str, arguments: tuple[int, int, int] | None) -> None:
+    assert interrupted.polled([line] if line else []) == arguments
+
+
+def test_when_a_thread_last_ran() -> None:
+    facts = [
+        "head (5798, #threads: 1)",
+        "-" * 20,
+        "se.exec_start           :       3779861.240548",
+        "se.vruntime : 1.0",
+    ]
+    assert interrupted.last_ran(facts) == 3779861.240548
+    assert interrupted.last_ran(facts[:2]) == 0.0
+
+
+POLLS = "import select; pair = select.poll(); pair.register(0, 1); pair.poll(1_000_000)"
+
+
+def test_a_waiting_thread_is_found_with_what_is_left() -> None:
+    with subprocess.Popen([sys.executable, "-c", POLLS], stdin=subprocess.PIPE) as process:
+        started, place = time.monotonic(), Path(f"/proc/{process.pid}/syscall")
+        while interrupted.polled([place.read_text()]) is None:
+            time.sleep(0.001)
+        # Time has to pass: not less than this of it counts, whatever a hypervisor takes away.
+        time.sleep(0.3)
+        task = scan.read_task(process.pid)
+        assert task is not None
+        found = child.call(lambda: msgspec.to_builtins(interrupted.look(scan.Tree(task.pid, [task]))))
+        (poll,) = msgspec.convert(found, list[interrupted.Poll])
+        left, passed = poll.left(now := time.monotonic()), (now - started) * 1000
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        stopped = interrupted.still([poll])
+        process.kill()
+    assert poll.arguments[1:] == (1, 1_000_000) and 1_000_000 - passed - 10 <= left < 1_000_000
+    assert stopped == {process.pid: poll}
