@@ -191,7 +191,7 @@ def test_ranks_that_do_not_come(jobs: Jobs, workloads: Workloads) -> None:
 
 def test_communicators(jobs: Jobs, workloads: Workloads) -> None:
     """Safe points on a dup, on halves that go on at different paces, on an intercommunicator between them."""
-    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py comms --steps 200 --log log"
+    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py comms --steps 400 --log log"
     job = jobs.submit(command, environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
     for number, word in enumerate(("dup", "halves", "inter"), 1):
         job.wait_output(f"{word} step 20\n")

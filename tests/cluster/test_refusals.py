@@ -287,13 +287,15 @@ def test_an_agent_killed_in_each_phase(jobs: Jobs, cluster: Cluster, workloads: 
 
 
 def test_a_node_that_does_not_answer_in_time(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
-    job = start(jobs, workloads, {"HPCCR_CHECKPOINT_PREPARE_TIMEOUT": "2"})
+    # What prepare writes out may take as long as a dump.
+    limits = {"HPCCR_CHECKPOINT_PREPARE_TIMEOUT": "2", "HPCCR_CHECKPOINT_DUMP_TIMEOUT": "3"}
+    job = start(jobs, workloads, limits)
     slow = job.slurm().nodes[1]
     with cluster.stopped(slow):
         client = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
         wait_for("phase aborting", lambda: job.status()["status"]["phase"] == "aborting", within=30)
     output, errors = client.communicate(timeout=60)
-    refused(subprocess.CompletedProcess([], client.returncode, output, errors), PEER_LOST, slow, "asking")
+    refused(subprocess.CompletedProcess([], client.returncode, output, errors), PEER_LOST, slow, "preparing")
     (failed,) = job.events("checkpoint-failed")
     assert failed["code"] == PEER_LOST
     lives_on(job, workloads)
