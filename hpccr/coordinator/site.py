@@ -130,9 +130,7 @@ class SlurmSite(Site):
             self._query.requeue(self._allocation.job)
 
     def move(self) -> None:
-        if self._query.job(self._allocation.job).restarts > self._allocation.restarts:
-            return  # Slurm has noticed by itself that a node is gone
-        self.ensure_requeued()
+        self.ensure_requeued()  # unless Slurm has noticed by itself that a node is gone
 
     def must_stay(self) -> bool:
         # When our parent is Slurm itself we are the batch script: our end is the job's, as a requeue wants it.

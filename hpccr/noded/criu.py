@@ -23,6 +23,7 @@ from hpccr.errors import HpccrError, UnsupportedError
 from hpccr.noded import child, syscalls
 from hpccr.noded.control import Identity
 from hpccr.noded.reaper import Reaper
+from hpccr.noded.said import printable
 
 CPU_FPU = 1
 CPU_INS = 8
@@ -296,7 +297,7 @@ def errors(text: str) -> list[str]:
     exited, if there is nothing else. Names of the job's files are in them: no control character is left."""
     found = [match[1] for line in text.splitlines() if (match := _ERROR_LINE.match(line))]
     causes = [line for line in found if not _CONSEQUENCE.search(line)]
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in causes or found]
+    return [printable(line, len(line)) for line in causes or found]
 
 
 def message(found: list[str]) -> list[str]:
