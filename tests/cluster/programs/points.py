@@ -1,4 +1,4 @@
-"""A rank that does not come to its safe point, one whose hook does not end, and safe points on communicators of all kinds.
+"""A rank that does not come to its safe point, one whose hook lasts, and safe points on communicators of all kinds.
 
 mpirun -n 4 python3 points.py late|hook|comms --steps N --log FILE
 """
