@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import shutil
@@ -27,6 +28,9 @@ PATIENCE = 2.0
 """Seconds for hpccrd to take a connection: it may be starting again, or have many to take."""
 PROBE_TIMEOUT = 180.0
 """Seconds for hpccrd to look: `criu check` alone may take minutes the first time on a large node."""
+
+MAX_LEVELS = 64
+"""Directories of one place that hpccrd looks at."""
 
 PLUGIN = "sbatch --checkpoint"
 EQUAL = ("criu", "site key")
@@ -92,15 +96,45 @@ def _probe(path: str) -> list[Check]:
         )
     else:
         mine = Check("hpccrd", True, f"version {probed.version} at {path}")
-    return [mine, *probed.checks]
+    return [mine, *probed.checks, check_passing(path)]
 
 
-async def _ask(path: str) -> m.Probed:
+def check_passing(path: str) -> Check:
+    """That root gets to the user's home and working directory, as CRIU must to what jobs have open there.
+
+    path: hpccrd's socket. It is told no path, but looks from where this process is.
+    """
+    name = "passing"
+    places = []
+    for place in dict.fromkeys((os.path.expanduser("~"), os.getcwd())):
+        try:
+            with contextlib.chdir(place):
+                here = Path.cwd()
+                levels = [here, *here.parents][:MAX_LEVELS]
+                kept_out = asyncio.run(_ask(path, len(levels))).kept_out
+        except HpccrError as error:
+            return Check(name, False, f"{place}: {error.message}", error.hint)
+        except OSError:
+            continue  # not there: no job is either
+        if kept_out >= 0:
+            return Check(
+                name,
+                False,
+                f"root on this node cannot pass {levels[kept_out]}",
+                "what jobs have open below it cannot be checkpointed; its file system keeps root out (NFS: "
+                "root_squash; FUSE: no allow_root): let others pass it (chmod o+x), or have it exported with "
+                "no_root_squash",
+            )
+        places.append(str(here))
+    return Check(name, True, f"root gets to {', '.join(dict.fromkeys(places)) or 'what there is'}")
+
+
+async def _ask(path: str, levels: int = 0) -> m.Probed:
     try:
         async with asyncio.timeout(PROBE_TIMEOUT):
             lease = await Lease.open(path, patience=PATIENCE)
             try:
-                await lease.send(m.Probe(m.PROTOCOL))
+                await lease.send(m.Probe(m.PROTOCOL, levels))
                 answer = await lease.receive()
             finally:
                 await lease.close()

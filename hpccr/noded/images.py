@@ -92,7 +92,8 @@ class Images:
             raise CorruptError("the transfer brought no image")
         if copy is not None and not finished.local:
             self._copy = None
-            await asyncio.to_thread(copy.remove)  # it is not what it should be
+            copy.release()
+            await asyncio.to_thread(node.spool.drop, copy.name)  # it is not what it should be
         return finished, fetched
 
     async def drop_fetched(self) -> None:

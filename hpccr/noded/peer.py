@@ -96,7 +96,7 @@ def examine(sock: socket.socket, who: Credentials, criu: str = "criu") -> Reques
     """
     gone = PeerLostError("the requesting process has ended")
     try:
-        pidfd = _pidfd(sock, who.pid)
+        process = pidfd(sock, who.pid)
     except ProcessLookupError:
         raise gone from None
     opened: list[int] = []
@@ -115,7 +115,7 @@ def examine(sock: socket.socket, who: Credentials, criu: str = "criu") -> Reques
         opened.append(_mount_namespace(who.pid, criu))
         opened += cgroups.open_procs(who.pid)
         # What was read is the peer's if the peer still lives now: its pid cannot have gone to another process.
-        if select.select([pidfd], [], [], 0)[0]:
+        if has_ended(process):
             raise gone
     except BaseException as error:
         for fd in opened:
@@ -126,13 +126,18 @@ def examine(sock: socket.socket, who: Credentials, criu: str = "criu") -> Reques
             raise HpccrError(f"cannot examine the requesting process {who.pid}: {error}") from None
         raise
     finally:
-        os.close(pidfd)
+        os.close(process)
     return Requester(identity, opened[0], opened[1:])
 
 
-def _pidfd(sock: socket.socket, pid: int) -> int:
+def has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def pidfd(sock: socket.socket, pid: int) -> int:
+    """Of the process that connected. Raises ProcessLookupError, UnsupportedError."""
     try:
-        (pidfd,) = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))
+        (number,) = struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))
     except ProcessLookupError:
         raise
     except OSError:
@@ -143,7 +148,7 @@ def _pidfd(sock: socket.socket, pid: int) -> int:
                 hint="start hpccr outside of containers, or run hpccrd where the jobs run",
             ) from None
         return os.pidfd_open(pid)
-    return int(pidfd)
+    return int(number)
 
 
 def _read(pid: int, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 import struct
 import threading
@@ -13,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import hpccr
-from hpccr.errors import ExitCode, HpccrError, UsageError
+from hpccr.errors import ExitCode, HpccrError, PeerLostError, UsageError
 from hpccr.noded import admission, peer
 from hpccr.noded.channel import Descriptors, FrameChannel
 from hpccr.noded.lease import Lease
 from hpccr.noded.node import Node
+from hpccr.noded.passing import Passing
 from hpccr.noded.probe import Prober
 from hpccr.noded.said import printable
 from hpccr.wire import messages as m
@@ -46,6 +48,7 @@ class Service:
     def __init__(self, node: Node, prober: Prober) -> None:
         self._node = node
         self._prober = prober
+        self._passing = Passing()
         self._connections: set[asyncio.Task[None]] = set()
         self._count: Counter[int] = Counter()
         self._idle: Counter[int] = Counter()
@@ -142,11 +145,34 @@ class Service:
             raise UsageError(f"{type(request).__name__} is not a first request: that is Create or Probe")
 
     async def _probe(self, channel: FrameChannel, request: m.Probe, who: peer.Credentials) -> None:
-        checks = await self._prober.checks()
-        channel.post(
-            m.Probed(node=self._node.name, version=hpccr.__version__, checks=checks, leases=self._leases[who.uid])
-        )
+        try:
+            kept_out = await self._kept_out(channel.socket, who, request.levels) if request.levels else -1
+        except HpccrError as error:
+            channel.post(self._failed(error))
+        else:
+            channel.post(
+                m.Probed(
+                    node=self._node.name,
+                    version=hpccr.__version__,
+                    checks=await self._prober.checks(),
+                    leases=self._leases[who.uid],
+                    kept_out=kept_out,
+                )
+            )
         await channel.drain(FRAME)
+
+    async def _kept_out(self, sock: socket.socket, who: peer.Credentials, levels: int) -> int:
+        try:
+            process = peer.pidfd(sock, who.pid)
+        except ProcessLookupError:
+            raise PeerLostError("the requesting process has ended") from None
+        try:
+            found = await self._passing.kept_out(who.uid, who.pid, levels)
+            if peer.has_ended(process):  # else it may have been another's directory
+                raise PeerLostError("the requesting process has ended")
+            return found
+        finally:
+            os.close(process)
 
     def _failed(self, error: HpccrError) -> m.Failed:
         return m.Failed(code=int(error.code), message=error.message, hint=error.hint, node=self._node.name)

@@ -84,13 +84,23 @@ def measure(request: Request) -> int:
     """Bytes that save() may write, by the sizes as they are now. Raises what save() would, but for what may be a
     matter of the moment: the tasks run."""
     total = 0
+    counted: set[str | tuple[int, int]] = set()
+
+    def room(path: str, status: os.stat_result) -> int:
+        # The content of hard links is saved once.
+        key = (status.st_dev, status.st_ino) if status.st_nlink > 1 else path
+        if key in counted:
+            return 0
+        counted.add(key)
+        return _room(status)
+
     for nameless in request.nameless:
         _remove_stale_links(nameless, request.remaps)
         path = other_names(nameless)[0]
         status = os.stat(path, follow_symlinks=False)
         _check_size(path, status, request.limit)
         _check_readable(path)
-        total += _room(status)
+        total += room(path, status)
     for file in request.files:
         try:
             now = os.stat(file.path, follow_symlinks=False)
@@ -105,13 +115,13 @@ def measure(request: Request) -> int:
         if fd >= 0:
             os.close(fd)
             if not _only_cut(file, status, request.limit):
-                total += _room(status)
+                total += room(file.path, status)
     seen = {file.path for file in request.files}
     for path, status in _trees(request):
         if stat.S_ISREG(status.st_mode) and path not in seen:
             _check_size(path, status, request.limit)
             _check_readable(path)
-            total += _room(status)
+            total += room(path, status)
     return total
 
 

@@ -4,8 +4,8 @@ Every directory in use is locked (flock on the directory itself), by hpccrd or b
 is not locked has no owner any more: that is how leftovers are known, also when several hpccrds share a node.
 
 But for images that are kept (noded.kept): durable ones, which stay for a restore on this node. They have names of their
-own, are locked only while they are read, and are anybody's to remove: when they are old, when room is needed, when a
-newer one of the same capsule is there, and when their step has ended.
+own, are locked only while they are read (shared) or removed, and are anybody's to remove: when they are old, when room
+is needed, when a newer one of the same capsule is there, and when their step has ended.
 """
 
 from __future__ import annotations
@@ -158,13 +158,14 @@ class Spool(Area):
         return found
 
     def room(self, *, evicting: bool = True) -> int:
-        """Bytes that may be written here; evicting: if kept images go. Never negative."""
+        """Bytes that may be written here; evicting: if kept images go that nobody reads. Never negative."""
         status = os.statvfs(self.root)
         room = status.f_bavail * status.f_frsize - self.limits.reserve
-        kept = sum(image.bytes for image in self.kept())
         if self.limits.size:
             room = min(room, self.limits.size - self._used())
-        return max(0, room + (kept if evicting else 0))
+        if evicting:
+            room += sum(image.bytes for image in self.kept() if not self._is_read(image.name))
+        return max(0, room)
 
     def is_short(self) -> bool:
         """Whether less is free than must stay so."""
@@ -227,14 +228,24 @@ class Spool(Area):
         return sorted(found, key=lambda image: image.since)
 
     def take(self, name: str) -> Directory | None:
-        """A kept image, locked: nobody removes it until it is let go. None if it is not there, or in use."""
-        return _lock(os.path.join(self.root, name), wait=False)
+        """A kept image, for reading: nobody removes it until it is let go. None if it is not there. Blocks."""
+        return _lock(os.path.join(self.root, name), wait=True, shared=True)
 
     def _remove(self, name: str) -> bool:
-        directory = self.take(name)
+        directory = _lock(os.path.join(self.root, name), wait=False)
         if directory is not None:
             directory.remove()
         return directory is not None
+
+    def _is_read(self, name: str) -> bool:
+        """Whether a kept image cannot be removed now. What another is just removing can: its room is about to come."""
+        path = os.path.join(self.root, name)
+        for shared in (False, True):
+            directory = _lock(path, wait=False, shared=shared)
+            if directory is not None:
+                directory.release()
+                return shared
+        return False
 
     def _used(self) -> int:
         seen: set[int] = set()
@@ -256,7 +267,7 @@ def _bytes(path: str, seen: set[int]) -> int:
     return size
 
 
-def _lock(path: str, *, wait: bool) -> Directory | None:
+def _lock(path: str, *, wait: bool, shared: bool = False) -> Directory | None:
     """The directory locked; None if it is locked already (not `wait`) or is no directory any more."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -265,7 +276,7 @@ def _lock(path: str, *, wait: bool) -> Directory | None:
             return None
         raise
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(fd), os.lstat(path)):
             return Directory(path, fd)
     except (BlockingIOError, FileNotFoundError):

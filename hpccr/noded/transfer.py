@@ -257,8 +257,10 @@ def fetch(job: FetchJob, spool: int, *, copy: int = -1, worker: Callable[[str, U
     Raises CorruptError naming what is wrong, or HpccrError.
     """
     began = time.monotonic()
-    if copy >= 0 and (fragment := _local(job, spool, copy)) is not None:
-        return Finished(bytes=fragment.bytes, seconds=time.monotonic() - began, image=fragment.image, local=True)
+    if copy >= 0:
+        if (fragment := _local(job, spool, copy)) is not None:
+            return Finished(bytes=fragment.bytes, seconds=time.monotonic() - began, image=fragment.image, local=True)
+        fcntl.flock(copy, fcntl.LOCK_UN)  # what comes instead may need its room
     link = worker("fetch", job.user)
     try:
         link.send(t="open", directory=job.directory)

@@ -179,7 +179,13 @@ class Writer:
 
     def _blocks(self, fd: int, begin: int, ends: Sequence[int]) -> list[_Block]:
         """In a thread: read a segment, hash its blocks, compress those that are not known."""
-        data = _pread(fd, ends[-1] - begin, begin)
+        try:
+            data = _pread(fd, ends[-1] - begin, begin)
+        except OSError as error:
+            # Not to be taken for an error of the store.
+            raise HpccrError(
+                f"the spool of this node cannot be read: {error.strerror}", hint="is the disk of node.spool well?"
+            ) from None
         if len(data) != ends[-1] - begin:
             raise HpccrError("a file in the spool is shorter than it was")
         if self._local.compressor is None:

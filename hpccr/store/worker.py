@@ -31,6 +31,7 @@ once more. Exit status: 0 after a finished transfer, 1 after an error.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -66,6 +67,8 @@ MAX_PAGEMAP = 64 << 20
 MOVED_INTERVAL = 0.5
 """Seconds between two messages about progress within a file."""
 INTACT = "`hpccr status JOB` shows the checkpoints there are, `hpccr verify JOB SEQ` whether one is whole"
+REACHABLE = "is the store on a file system with room left for you, mounted on this node?"
+BROKEN = "is the storage below it well? its administrator should know; later checkpoints are tried again"
 PROGRESS_INTERVAL = 1.5
 """Seconds between two writes of flush.json, somewhat less than the format's limit (model.FlushProgress)."""
 
@@ -281,7 +284,9 @@ def flush(link: Link) -> None:
             # All is durable under its name before the fragment says that it is there.
             publish.fsync_directory(directory)
             publish.publish_bytes(directory / FRAGMENT_NAME, request.fragment)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(directory)  # of a write or a sync, which know no name
         if not (directory / FRAGMENT_NAME).exists():
             _clear(directory)
             os.rmdir(directory)
@@ -460,10 +465,10 @@ def _act(mode: str, link: Link, act: Callable[[Link], int | None]) -> int:
         hint = error.hint or (INTACT if isinstance(error, CorruptError) else "")
         failure = Error(message=error.message, hint=hint, code=int(error.code))
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {error.filename}:" if error.filename else ""
         failure = Error(
             message=f"the {mode} failed:{where} {error.strerror or error}",
-            hint="is the store on a file system with room left for you, mounted on this node?",
+            hint=BROKEN if error.errno == errno.EIO else REACHABLE,
             code=int(ExitCode.FAILED),
         )
     try:

@@ -435,9 +435,13 @@ class Log(Message, frozen=True):
 
 
 class Probe(Message, frozen=True):
-    """Ask hpccrd what its node can do. First and only request on a connection. Reply: Probed."""
+    """Ask hpccrd what its node can do. First and only request on a connection. Reply: Probed.
+
+    levels: how many directories, the one that the asker is in and those above it, are looked at for kept_out.
+    """
 
     protocol: int
+    levels: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -455,6 +459,8 @@ class Probed(Message, frozen=True):
     checks: tuple[Check, ...]
     leases: int
     """Capsules of the asking user on this node."""
+    kept_out: int = -1
+    """How many directories above the asker's the first is that root cannot pass; -1: none of those asked for."""
 
 
 # --- client <-> coordinator -------------------------------------------------------------------------------------

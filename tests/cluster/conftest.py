@@ -66,9 +66,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """To a failure belong the files of the test's jobs and the daemons' logs."""
+    """To a failure belong the files of the test's jobs and the daemons' logs, and the seed, which -q has not shown."""
     outcome = yield
     report = outcome.get_result()
+    if report.failed:
+        report.sections.append(("seed", f"HPCCR_SEED={SEED}"))
     jobs = getattr(item, "funcargs", {}).get("jobs")
     if report.failed and isinstance(jobs, Jobs) and call.when == "call":
         try:

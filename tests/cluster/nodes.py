@@ -226,7 +226,8 @@ class Cluster:
     def small_share(self, name: str, size: str, user: str, *, disk: bool = False) -> Iterator[str]:
         """A file system of `size` that all nodes share, owned by `user`; its path on the nodes, below /shared.
 
-        disk: ext4 instead of a tmpfs, so that it can be frozen.
+        disk: ext4 instead of a tmpfs, so that it can be frozen or fail(). Without a journal: a file system that cannot
+        write its own ends at once.
         """
         place = self.shared / name
         place.mkdir()
@@ -234,7 +235,8 @@ class Cluster:
         image = self.shared / f"{name}.ext4"
         if disk:
             subprocess.run(["truncate", "-s", size, image], check=True)
-            subprocess.run(["mkfs.ext4", "-q", "-E", f"root_owner={uid}:{uid}", image], check=True)
+            owner = ["-E", f"root_owner={uid}:{uid}"]
+            subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", *owner, image], check=True)
             subprocess.run(["mount", "-o", "loop", image, place], check=True)
             (place / "lost+found").rmdir()
             place.chmod(0o700)
@@ -253,6 +255,17 @@ class Cluster:
             subprocess.run(["umount", "-l", place], check=True)
             place.rmdir()
             image.unlink(missing_ok=True)
+
+    @contextmanager
+    def failing(self, share: str) -> Iterator[None]:
+        """The device below a small share on disk can be read but not written: EIO at the next sync. ext4 refuses what
+        the loop device writes to an immutable file."""
+        image = self.here(share).with_suffix(".ext4")
+        subprocess.run(["chattr", "+i", image], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["chattr", "-i", image], check=True)
 
     @contextmanager
     def unmounted(self, share: str, *nodes: str) -> Iterator[None]:

@@ -7,12 +7,19 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import Jobs
 from nodes import Cluster
 from waiting import wait_for
+from workloads import Workloads
+
+UNMAPPED = 4242
+"""A group of nobody's."""
+UNSUPPORTED = 13
 
 
 def doctor(cluster: Cluster, *arguments: str) -> dict[str, Any]:
@@ -110,6 +117,75 @@ def test_what_is_wrong_is_found(cluster: Cluster, untouched: None, trouble: Any,
         told = cluster.run("ctl", "hpccr", "doctor", user="user1")
         assert told.returncode == 1 and "FAIL" in told.stdout and "hint: " in told.stdout
     wait_for("no finding", lambda: doctor(cluster)["ok"])
+
+
+@contextmanager
+def root_kept_out(cluster: Cluster, node: str, directory: Path) -> Iterator[None]:
+    """On the node root has no rights of its own at `directory` (of this machine), which is closed to others, as where
+    NFS squashes root: a mount that does not map the directory's group gives nobody's capabilities any weight there. Its
+    owner, and root farther below, notice nothing."""
+    status = directory.stat()
+    place = cluster.there(directory)
+    os.chown(directory, status.st_uid, UNMAPPED)
+    directory.chmod(0o700)
+    ids = f"u:{status.st_uid}:{status.st_uid}:1 g:{status.st_uid}:{status.st_uid}:1"
+    try:
+        cluster.check(node, "mount", "--bind", "-o", f"X-mount.idmap={ids}", place, place)
+        try:
+            yield
+        finally:
+            cluster.check(node, "umount", "-l", place)
+    finally:
+        os.chown(directory, status.st_uid, status.st_gid)
+        directory.chmod(stat.S_IMODE(status.st_mode))
+
+
+def test_root_is_kept_out(cluster: Cluster, jobs: Jobs, workloads: Workloads) -> None:
+    """Of a home, or of a directory above the one in which doctor is called: it says so before a checkpoint does."""
+    node, *others = cluster.nodes
+    home = cluster.home("user1")
+    here = cluster.write(home / jobs.name / "here" / "file", "", "user1").parent
+    for closed in (home, here.parent):
+        with root_kept_out(cluster, node, closed):
+            asked = f"cd {cluster.there(here)} && exec hpccr doctor --json --nodes {node}"
+            done = cluster.run("ctl", "sh", "-c", asked, user="user1")
+            (found,) = failures(json.loads(done.stdout))
+            assert done.returncode == 1 and found[0] == node
+            assert found[1]["detail"] == f"root on this node cannot pass {cluster.there(closed)}"
+            assert "chmod o+x" in found[1]["hint"] and "root_squash" in found[1]["hint"]
+    cluster.drain(*others)
+    with root_kept_out(cluster, node, here.parent):
+        job = jobs.submit(workloads.ticker(nodes=1), nodes=1)
+        job.wait_output("tick")
+        refused = job.hpccr("checkpoint")
+        assert refused.returncode == UNSUPPORTED and "root on this node cannot get there" in refused.stderr
+        job.cancel()
+
+
+def test_a_file_system_that_does_not_answer_root(cluster: Cluster, untouched: None) -> None:
+    """hpccrd waits for it for a while, with one process per user, and others notice nothing."""
+    node, place = cluster.nodes[0], "/run/silent"
+    cluster.check(node, "mkdir", place)
+    server = cluster.popen(node, "python3", "/src/tests/cluster/programs/silent_fuse.py", place)
+    try:
+        assert server.stdout is not None and server.stdout.readline() == "mounted\n"
+
+        def looking() -> list[int]:
+            return cluster.pids(node, r"-m hpccr\.noded\.passing")
+
+        for detail in (f"{place}: a file system did not tell root", "a file system is still being asked"):
+            asked = cluster.run(node, "sh", "-c", f"cd {place} && exec hpccr doctor --local --json", user="user1")
+            (found,) = [check for check in json.loads(asked.stdout)["checks"] if not check["ok"]]
+            assert detail in found["detail"] and found["hint"]
+            assert len(looking()) == 1
+        other = cluster.run(node, "hpccr", "doctor", "--local", user="user2")
+        assert other.returncode == 0 and len(looking()) == 1, other.stdout
+    finally:
+        server.kill()
+        server.communicate()
+        cluster.run(node, "umount", "-l", place)
+        cluster.run(node, "rmdir", place)
+    wait_for("an end to it", lambda: not looking())
 
 
 def test_a_drained_node(cluster: Cluster, untouched: None) -> None:

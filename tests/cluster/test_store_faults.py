@@ -121,6 +121,39 @@ def test_storage_that_is_gone_on_one_node(jobs: Jobs, cluster: Cluster, workload
         ends_well(job, workloads)
 
 
+def test_a_device_that_cannot_be_written(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """What has been written to shared storage does not reach it, as the sync says: the flush fails and says where and
+    why, and nothing that was complete is lost."""
+    with cluster.small_share("broken", "400m", "user1", disk=True) as store:
+        job = start(jobs, workloads, store, hold=24)
+        job.checkpoint()
+        nodes = job.slurm().nodes
+        arguments = ("hpccr", "checkpoint", "--wait", "--dir", store, str(job.id))
+        asked = cluster.popen("ctl", *arguments, user="user1")
+        capsule = job.step() / "ckpt-000002" / "capsule-1"
+        wait_for("a pack", lambda: any(".pack" in path.name for path in capsule.glob(".tmp-*")), every=0.005)
+        for pid in (pids := [pid for node in nodes for pid in cluster.pids(node, FLUSH)]):
+            os.kill(pid, signal.SIGSTOP)
+        with cluster.failing(store):
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            output, errors = asked.communicate(timeout=60)
+            place = f"{store}/{job.store.name}/0/ckpt-000002/capsule-"
+            said = [f"error: {node}: the flush failed: {place}{number}" for number, node in enumerate(nodes)]
+            assert asked.returncode == 1 and any(text in errors for text in said), output + errors
+            assert "Input/output error" in errors and "hint: is the storage" in errors
+            goes_on(job)
+            assert complete(job) == [1]
+            failed = job.hpccr("checkpoint")
+            assert failed.returncode == 1 and "Input/output error" in failed.stderr, failed.stderr
+            goes_on(job)
+        assert complete(job) == [1]
+        assert job.checkpoint()["sequence"] in complete(job)
+        verified(job)
+        job.requeue()
+        ends_well(job, workloads)
+
+
 def test_killed_at_random_moments(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     """A flush, an agent or an hpccrd is killed somewhere in a checkpoint: the job goes on, from a checkpoint if it
     must, nothing it prints is lost or doubled, and what is listed as complete verifies."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +182,56 @@ def test_limits(tmp_path: Path) -> None:
 
 def test_one_that_is_being_read_stays(spool: Spool) -> None:
     (name,) = flush(spool)
-    reading = spool.take(name)
-    assert reading is not None
-    assert spool.take(name) is None
+    readers = [spool.take(name), spool.take(name)]
+    reading = readers.pop()
+    assert reading is not None and readers[0] is not None
+    readers[0].release()
     spool.make_room(1 << 60)
     assert spool.expire(0.0, now=1e12) == []
     assert flush(spool, sequence=4)[0] == name
     reading.release()
     assert spool.expire(0.0, now=1e12) != []
     assert os.listdir(spool.root) == []
+
+
+def test_room_that_is_promised_can_be_made(tmp_path: Path) -> None:
+    spool = Spool(Limits(str(tmp_path / "spool"), size=1 << 24))
+    spool.prepare()
+    flush(spool)
+    flush(spool, capsule=1, capsules=2)
+    assert spool.room() == 1 << 24
+    first, second = spool.kept()
+    reading = spool.take(first.name)
+    assert reading is not None
+    assert spool.room() == (1 << 24) - first.bytes
+    with removing(spool, second.name):
+        # Nothing of it is gone yet, and all of it will be.
+        assert spool.room() == (1 << 24) - first.bytes
+    spool.make_room(1 << 60)
+    assert spool.kept() == [first]
+    assert spool.room(evicting=False) == spool.room()
+    reading.release()
+    assert spool.room() == 1 << 24
+
+
+@contextmanager
+def removing(spool: Spool, name: str) -> Iterator[None]:
+    """Another process is about to remove a kept image."""
+    fd = os.open(Path(spool.root, name), os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def test_a_damaged_copy_gives_its_room_to_what_comes_instead(tmp_path: Path) -> None:
+    spool = Spool(Limits(str(tmp_path / "spool"), size=sealed().bytes + (64 << 10)))
+    spool.prepare()
+    (name,) = flush(spool)
+    Path(spool.root, name, "core-1.img").write_bytes(b"corf")
+    assert not fetch(spool, serving(sealed(), FILES)).local
+    assert spool.kept() == []
 
 
 def test_time_goes_by(spool: Spool) -> None:

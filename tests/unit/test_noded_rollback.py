@@ -187,6 +187,22 @@ def test_one_file_of_two_names_stays_one(tmp_path: Path) -> None:
     assert one.samefile(two)
 
 
+def test_the_room_of_hard_links_is_that_of_one_file(tmp_path: Path) -> None:
+    """In the estimate as in what is saved, whether a task has the file open or not."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("a", "b"):
+        (tree / name).write_bytes(os.urandom(1 << 20))
+        for number in range(3):
+            (tree / f"{name}{number}").hardlink_to(tree / name)
+    removed = nameless(tree / "b1", "removed")
+    request = snapshot.Request([wanted(tree / "a2")], [str(tree)], (), LIMIT, nameless=[removed])
+    assert 2 << 20 < snapshot.measure(request) < 3 << 20
+    saved = Saved(wanted(tree / "a2"), trees=(tree,), nameless=(removed,))  # which compares with the estimate
+    assert all(saved.names[str(tree / name)] for name in ("a2", "b"))
+    assert 2 << 20 <= os.fstat(saved.data).st_size < 3 << 20
+
+
 def test_attributes_come_back(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("text")

@@ -178,6 +178,14 @@ def test_a_file_that_is_too_short_is_an_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
+def test_a_spool_that_cannot_be_read_is_not_taken_for_the_store(tmp_path: Path) -> None:
+    unreadable = os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its begin: EIO
+    refused = pytest.raises(HpccrError, match="the spool of this node cannot be read: Input")
+    with Writer(tmp_path, inherit(tmp_path, 0), level=1) as writer, refused:
+        writer.add("a", unreadable, 1000)
+        writer.finish(b"")
+
+
 def test_unfinished_packs_vanish(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Writer(tmp_path, inherit(tmp_path, 0), level=1) as writer:
         writer.add("a", opened(noise(1, 3 * blocks.SEGMENT)), 3 * blocks.SEGMENT)
