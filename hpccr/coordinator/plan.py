@@ -287,7 +287,7 @@ class NotDurable:
 
 @dataclass(frozen=True)
 class Finished:
-    """The job's command ended with this exit code."""
+    """The job's command ended with this exit code, or by signal -code."""
 
     code: int
 
@@ -537,9 +537,8 @@ def _exited(state: State, capsule: int, code: int) -> tuple[State, tuple[Action,
     if capsule == 0 and state.phase in (Phase.STARTING, Phase.RESUMING, Phase.UNHOLDING):
         # A short command ends before the last capsule has answered.
         return _end(state, Finished(code))
-    failure = m.Failed(
-        ExitCode.PEER_LOST, f"the launch root of hpccr-{capsule} ended with code {code}", "", _node(state, capsule)
-    )
+    how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
+    failure = m.Failed(ExitCode.PEER_LOST, f"the launch root of hpccr-{capsule} {how}", "", _node(state, capsule))
     return _end(state, BootFailed(state.phase, failure) if state.phase in BOOT else StepLost(failure))
 
 
