@@ -61,7 +61,7 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
         cluster.drain(*(node for node in cluster.nodes if node not in nodes))
         job = jobs.sbatch(
             body,
-            ["--checkpoint=requeue"],
+            ["--checkpoint=requeue", "--mail-type=END,FAIL"],
             nodes=len(nodes),
             tasks=tasks,
             environment={"HPCCR_CHECKPOINT_SILENCE_TIMEOUT": "30"},
@@ -83,16 +83,25 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
             event = job.wait_event("restored", within=LOSS)
             assert {dead, cut}.isdisjoint(event["nodes"])
             computes(job)
-    for turn in range(rounds(0, 3)):
-        in_turn(ranks, turn)
-    for job in (ranks, cut_ranks):
-        assert job.slurm().restarts == 1 + (rounds(0, 3) if job is ranks else 0)
-        said = job.said()
-        job.cancel()
-        workloads.check_endless(said)
+        # Where Slurm cannot be asked, nothing is said in its name.
+        asked = cluster.run(cut, "hpccr", "status", "999999", user="user1")
+        assert asked.returncode == 1 and "no job 999999" in asked.stderr and "Slurm" not in asked.stderr, asked.stderr
     for job in scripts:
         finish(job)
         assert job.slurm().restarts == 1
+        assert job.mails() == ["Ended"]
+    ends_well(cut_ranks, workloads, restarts=1)
+    for turn in range(rounds(0, 3)):
+        in_turn(ranks, turn)
+    ends_well(ranks, workloads, restarts=rounds(1, 4))
+
+
+def ends_well(job: Job, workloads: Workloads, *, restarts: int) -> None:
+    """All it has printed is what an undisturbed run prints. It is ended here."""
+    assert job.slurm().restarts == restarts
+    said = job.said()
+    job.cancel()
+    workloads.check_endless(said)
 
 
 def in_turn(job: Job, turn: int) -> None:
