@@ -118,6 +118,8 @@ class Agent:
                     return
                 case m.Ping() | m.Assign():
                     pass
+                case m.Call():
+                    self._channel.post(m.Here())
                 case m.Input(data):
                     if self._pipes:
                         self._pipes.feed(data)

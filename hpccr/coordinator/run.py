@@ -36,7 +36,7 @@ from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
 from hpccr.coordinator.succession import Succession
 from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
-from hpccr.errors import CorruptError, ExitCode, HpccrError, UnsupportedError, error_for
+from hpccr.errors import CorruptError, ExitCode, HpccrError, SupersededError, UnsupportedError, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
 from hpccr.store import events
 from hpccr.store.layout import FINISHED, Step
@@ -230,7 +230,10 @@ class Coordinator:
                 stderr_base=began[1],
             )
             try:
+                self._succession.check()
                 publish(self._step.record_path, record)
+            except SupersededError:
+                return  # it is the later run's to write
             except OSError as error:
                 log.warning("cannot write %s: %s", self._step.record_path, error)
 

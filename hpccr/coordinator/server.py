@@ -35,6 +35,8 @@ class Member:
     channel: Channel[Incoming]
     capsule: int = -1
     lost: bool = False
+    here: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has answered a Call."""
     destroyed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def post(self, message: m.Message) -> None:

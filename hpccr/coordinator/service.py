@@ -39,7 +39,8 @@ STOPPED = 5.0
 HURRY = 5.0
 """Seconds for ranks to come to a safe point when Slurm is about to kill the job."""
 EXIT_GRACE = 2.0
-"""Seconds after a command's failure in which a capsule's loss explains it: the job then goes on from a checkpoint."""
+"""Seconds after a command's failure in which the loss of a capsule on a node that is there explains it: the job then
+goes on from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,30 @@ class Boot:
             case m.Flushing(sequence, done, total):
                 if sequence == self.state.flush_sequence:
                     self.flushes.progress[member.capsule] = (done, total)
-            case m.Exited(code) if code and not self._signalled and self.state.capsules > 1:
-                # mpirun fails when a part of the job is gone, and may be faster than the news of what it was.
-                self._loop.call_later(EXIT_GRACE, self.feed, plan.Reply(member.capsule, message))
+            case m.Here():
+                member.here.set()
+            case m.Exited() if not self._signalled and self.state.capsules > 1:
+                self._spawn(self._ended(member, message))
             case m.Flushed(sequence, size, _) if sequence == self.state.flush_sequence:
                 self.flushes.progress[member.capsule] = (size, size)
                 self.feed(plan.Reply(member.capsule, message))
             case _:
                 self.feed(plan.Reply(member.capsule, message))
+
+    async def _ended(self, member: Member, exited: m.Exited) -> None:
+        """A command has ended. When a part of the job is gone mpirun ends, with whatever exit code, and may be faster
+        than the news of it: the end counts when every node has been heard from since. One that has not is lost."""
+        for other in self._members:
+            other.post(m.Call())
+        reminder = self._loop.call_later(SLOW, self._remind_end, exited.code)
+        try:
+            for other in self._members:
+                await other.here.wait()
+        finally:
+            reminder.cancel()
+        if exited.code:
+            await asyncio.sleep(EXIT_GRACE)
+        self.feed(plan.Reply(member.capsule, exited))
 
     def lost(self, member: Member, reason: str) -> None:
         self.feed(plan.Lost(member.capsule, f"{reason} (node {member.join.node})"))
@@ -248,6 +265,10 @@ class Boot:
         waiting = sorted({self._members[capsule].join.node for capsule in self.state.waiting})
         log.info("%s takes more than %.0f s; waiting for %s", phase, SLOW, ", ".join(waiting) or "the store")
         self._event("slow", phase=phase, nodes=waiting)
+
+    def _remind_end(self, code: int) -> None:
+        silent = ", ".join(sorted({other.join.node for other in self._members if not other.here.is_set()}))
+        log.warning("the command %s, but %s does not answer; waiting for it", plan.how_it_ended(code), silent)
 
     def _running(self, restored: tuple[m.Restored, ...]) -> None:
         if restored:

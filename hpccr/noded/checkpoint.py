@@ -168,9 +168,9 @@ class Checkpoint:
 
     async def dump(self, elsewhere: tuple[bytes, ...]) -> InitDumped:
         """Write everything into the spool directory: CRIU's images, private directories, the job's files."""
+        self._criu.answer(True)  # first: to start the others takes time, in which CRIU is at work already
         self._files.start(frozenset(elsewhere))
         self._saving.start()
-        self._criu.answer(True)
         image = CapsuleImage(
             root_pid=self._capsule.root,
             max_pid=scan.highest_id(self._scanned),

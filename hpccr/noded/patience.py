@@ -11,6 +11,9 @@ from hpccr.noded.lifecycle import State
 SHORT = 90.0
 """Seconds for what takes no time: more than the coordinator gives all nodes for it, so that a stall of this machine is
 nobody's failure."""
+STOPPED = 5.0
+"""Seconds after which a timer that comes too late says that this process was stopped, and has not read yet what came
+meanwhile."""
 
 
 def limit(state: State, config: CheckpointConfig) -> float | None:
@@ -37,12 +40,20 @@ class Patience:
     def begin(self, state: State) -> None:
         seconds = limit(state, self._config)
         if seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._over, seconds)
+            self._arm(seconds)
+
+    def _arm(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds
+        self._timer = loop.call_at(due, self._over, seconds, due)
 
     def end(self) -> None:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
 
-    def _over(self, seconds: float) -> None:
+    def _over(self, seconds: float, due: float) -> None:
+        if asyncio.get_running_loop().time() - due > STOPPED:
+            self._arm(seconds)
+            return
         self._task = asyncio.create_task(self._give_up(f"the next request did not come within {seconds:.0f} s"))

@@ -57,7 +57,7 @@ class Saving:
         return tuple(self._running)
 
     def start(self) -> None:
-        """All tasks are stopped, and CRIU has not begun to write."""
+        """All tasks are stopped."""
         sockets = _sockets(self._capsule)
         self.trees = tuple(
             PrivateTree(path=place, file=f"private-{number}.tar", sockets=sockets[number])

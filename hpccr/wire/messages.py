@@ -409,6 +409,14 @@ class Ping(Message, frozen=True):
     """Heartbeat, both ways; answered by nothing."""
 
 
+class Call(Message, frozen=True):
+    """Is the agent there? It answers Here at once; more than one need not be answered each."""
+
+
+class Here(Message, frozen=True):
+    """The answer to Call."""
+
+
 class Signalled(Message, frozen=True):
     """The agent got a signal from Slurm: SIGTERM goes to the processes of helper steps when a job is preempted with
     GraceTime, and does not reach the batch script."""
@@ -541,10 +549,10 @@ NodeReply = (
 )
 """What hpccrd sends."""
 
-AgentMessage = NodeReply | Join | Output | InputTaken | Ping | Log | Signalled
+AgentMessage = NodeReply | Join | Output | InputTaken | Ping | Here | Log | Signalled
 """What an agent sends to the coordinator."""
 
-CoordinatorMessage = NodeRequest | Assign | Input | OutputTaken | CloseOutput | Ping
+CoordinatorMessage = NodeRequest | Assign | Input | OutputTaken | CloseOutput | Ping | Call
 """What the coordinator sends to an agent."""
 
 ClientMessage = CheckpointRequest | StatusRequest

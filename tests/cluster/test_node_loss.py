@@ -13,7 +13,7 @@ from jobs import Job, Jobs
 from nodes import TESTBED, Cluster
 from test_preemption import computes, finish
 from waiting import rounds, wait_for
-from workloads import ENOUGH, Workloads, counter
+from workloads import ENOUGH, Workloads, check_counter, counter
 
 OF_A_JOB = r"hpccr (run|agent)|hpccr\.noded\.init|slurm_script"
 LOSS = 120
@@ -52,7 +52,8 @@ def without(cluster: Cluster, *, dead: str = "", cut: str = "") -> Iterator[None
 
 
 def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Workloads) -> None:
-    """Four jobs at once: of each of these nodes one has its ranks there and one its batch script."""
+    """Five jobs at once: of each of these nodes one has its ranks there and one its batch script. The script of the
+    fifth ends well before anybody can know that its other node is off, as after an mpirun that is faster to see it."""
     cluster = jobs.cluster
     first, dead, cut, last = cluster.nodes[:4]
 
@@ -77,12 +78,17 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
     cut_ranks = on(workloads.stencil(), first, cut, tasks=4)
     scripts = [on(counter(), dead, last), on(counter(), cut, last)]
     twin = on(counter(), dead, last, plain=True)
-    for job in (ranks, cut_ranks, *scripts):
+    ending = on(counter(), first, dead)
+    for job in (ranks, cut_ranks, *scripts, ending):
         computes(job)
         job.checkpoint()
-    for job in (ranks, cut_ranks, *scripts):
+    for job in (ranks, cut_ranks, *scripts, ending):
         computes(job)
     with without(cluster, dead=dead, cut=cut):
+        cluster.write(ending.directory / ENOUGH, "", ending.user)
+        ending.wait_success(within=LOSS)
+        check_counter(ending.said())
+        assert ending.events("restoring") and ending.slurm().restarts == 1
         for job in (ranks, cut_ranks, *scripts):
             event = job.wait_event("restored", within=LOSS)
             assert {dead, cut}.isdisjoint(event["nodes"])

@@ -189,6 +189,26 @@ def test_ranks_that_do_not_come(jobs: Jobs, workloads: Workloads) -> None:
     assert [line for line in said if line.startswith("step")] == twin
 
 
+def test_a_hook_that_takes_longer_than_there_is_time(jobs: Jobs) -> None:
+    """It is checkpointed in the middle of it, and ends after a restore: then it hears of that."""
+    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py hook --steps 300 --log log"
+    job = jobs.submit(command, environment=IMPATIENT)
+    job.wait_output("step 20\n")
+    job.hpccr_ok("checkpoint")
+    (missing,) = job.events("not-quiesced")
+    assert "hooks not finished in time: rank 1 (pid " in missing["why"] and "rank 0" not in missing["why"]
+    said = lambda rank: (job.directory / f"log.{rank}").read_text().splitlines()  # noqa: E731
+    wait_for("the ranks that were in time to go on", lambda: "resumed" in said(0))
+    assert said(1) == ["hook begins"]
+    job.requeue("hpccr", avoid=False)
+    job.cluster.write(job.directory / "on", "", job.user)
+    job.wait_success()
+    assert job.said().splitlines() == [f"step {step}" for step in range(1, 301)]
+    hook, resumed, restarted = ["hook begins", "hook ends"], ["on resume", "resumed"], ["on restart", "restarted"]
+    assert said(1) == hook + restarted
+    assert [said(rank) for rank in (0, 2, 3)] == [hook + resumed + restarted] * 3
+
+
 def test_communicators(jobs: Jobs, workloads: Workloads) -> None:
     """Safe points on a dup, on halves that go on at different paces, on an intercommunicator between them."""
     command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py comms --steps 400 --log log"

@@ -110,3 +110,53 @@ def test_a_job_in_a_terminal_that_asks_slurm(jobs: Jobs, workloads: Workloads) -
     )
     assert said == expected
     assert [line for line in typed if line and not line.startswith("Script ")] == expected
+
+
+MULTIPLEXED = """\
+number=0
+until [ -e enough.$1 ] && [ $number -gt 40 ]; do
+    number=$((number + 1))
+    echo "$1 $number $(stty size)" | tee -a said.$1
+    sleep 0.1
+done
+touch done.$1
+"""
+MULTIPLEXERS = """\
+export SCREENDIR=$PWD/screens
+mkdir -m 700 screens
+screen -c /dev/null -d -m sh steps.sh screen
+tmux -f /dev/null new-session -d -x 77 -y 33 'sh steps.sh tmux; tmux wait-for -S over'
+tmux wait-for over
+until [ -e done.screen ]; do sleep 0.1; done
+wc -l < said.tmux
+"""
+
+
+def test_jobs_in_tmux_and_screen(jobs: Jobs) -> None:
+    """Daemons with pseudo-terminals, a client that waits for one of them, and sockets in private and shared places.
+
+    What runs in tmux is the child of a shell: after a restart its terminal controls only the shell (README).
+    """
+    job = jobs.submit("sh job.sh", nodes=1, tasks=1, files={"job.sh": MULTIPLEXERS, "steps.sh": MULTIPLEXED})
+    said = {name: job.directory / f"said.{name}" for name in ("tmux", "screen")}
+
+    def sizes() -> list[int]:
+        return [path.stat().st_size if path.exists() else 0 for path in said.values()]
+
+    def at_work() -> None:
+        before = sizes()
+        wait_for("tmux and screen to go on", lambda: all(now > then for now, then in zip(sizes(), before, strict=True)))
+
+    for _ in range(rounds(1, 5)):
+        at_work()
+        job.hpccr_ok("checkpoint")
+        at_work()
+        job.requeue()
+    job.wait_event("restored", rounds(1, 5))
+    at_work()
+    for name in said:
+        job.cluster.write(job.directory / f"enough.{name}", "", job.user)
+    job.wait_success()
+    for name, size in (("tmux", "33 77"), ("screen", "24 80")):
+        lines = said[name].read_text().splitlines()
+        assert lines == [f"{name} {number} {size}" for number in range(1, len(lines) + 1)]

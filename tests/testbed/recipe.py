@@ -69,6 +69,8 @@ PACKAGES = (
     "lsof",
     "psmisc",
     "less",
+    "screen",
+    "tmux",
     # files
     "tar",
     "xz-utils",

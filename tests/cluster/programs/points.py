@@ -1,6 +1,6 @@
-"""A rank that does not come to its safe point, and safe points on communicators of all kinds.
+"""A rank that does not come to its safe point, one whose hook lasts, and safe points on communicators of all kinds.
 
-mpirun -n 4 python3 points.py late|comms --steps N --log FILE
+mpirun -n 4 python3 points.py late|hook|comms --steps N --log FILE
 """
 
 import argparse
@@ -43,6 +43,31 @@ def late(world: MPI.Intracomm, steps: int, log: str) -> None:
                 events.write(outcome.name.lower() + "\n")
 
 
+def hook(world: MPI.Intracomm, steps: int, log: str) -> None:
+    """The hook of rank 1 does not end until the file `on` is there."""
+
+    def note(word: str) -> None:
+        with open(f"{log}.{world.rank}", "a", encoding="ascii") as events:
+            events.write(word + "\n")
+
+    def quiesce() -> None:
+        note("hook begins")
+        while world.rank == 1 and not Path("on").exists():
+            time.sleep(PAUSE)
+        note("hook ends")
+
+    hpccr.mpi.on_quiesce(quiesce)
+    hpccr.mpi.on_resume(lambda: note("on resume"))
+    hpccr.mpi.on_restart(lambda: note("on restart"))
+    for step in range(1, steps + 1):
+        if world.rank == 0:
+            print(f"step {step}", flush=True)
+        time.sleep(PAUSE)
+        if outcome := hpccr.mpi.safe_point(world):
+            note(outcome.name.lower())
+        world.barrier()
+
+
 def comms(world: MPI.Intracomm, steps: int) -> None:
     rank, half = world.rank, world.rank % 2
     twin = world.Dup()
@@ -68,12 +93,14 @@ def comms(world: MPI.Intracomm, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("late", "comms"))
+    parser.add_argument("what", choices=("late", "hook", "comms"))
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--log", required=True)
     args = parser.parse_args()
     if args.what == "late":
         late(MPI.COMM_WORLD, args.steps, args.log)
+    elif args.what == "hook":
+        hook(MPI.COMM_WORLD, args.steps, args.log)
     else:
         comms(MPI.COMM_WORLD, args.steps)
 
