@@ -15,7 +15,7 @@ import sys
 import time
 
 from hpccr.capsule import link
-from hpccr.capsule.spawn import Request, exit_code, fork, host_environment
+from hpccr.capsule.spawn import Request, end_like, exit_code, fork, host_environment
 
 TYPE_CHECKING = False  # typing itself would take 1 MiB
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ class LaunchRoot:
         self._listen()
 
     def run(self, argv: list[bytes]) -> int:
-        """Serve until the command `argv` has ended, or SIGTERM if there is none; the exit code."""
+        """Serve until the command `argv` has ended, or SIGTERM if there is none; the exit code, -n for signal n."""
         restore = _raise_limit()
         if argv:
             self._command = fork("hpccr", argv, link.original_environment(), restore)
@@ -358,7 +358,7 @@ class LaunchRoot:
                 return
             if pid == self._command:
                 self._command = 0
-                self._code = exit_code(status)
+                self._code = os.waitstatus_to_exitcode(status)
             for session in list(self._sessions):
                 if session.pid == pid:
                     session.reaped(status)
@@ -451,4 +451,4 @@ def main(argv: list[str]) -> NoReturn:
         code = root.run([os.fsencode(word) for word in rest])
     except (OSError, ValueError) as error:
         link.warn(f"hpccr: launch root {options['--index']} at {address}:{port}: {error}")
-    os._exit(code)
+    end_like(code)

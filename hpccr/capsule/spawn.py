@@ -22,6 +22,23 @@ def exit_code(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def end_like(code: int) -> NoReturn:
+    """End at once with exit code `code`, or by signal -code if that is negative, as what we have waited for did: who
+    waits for us (Slurm, a shell) tells the two apart."""
+    if code < 0:
+        import resource
+
+        # It was not this process that crashed.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            signal.signal(-code, signal.SIG_DFL)
+        except (OSError, ValueError):
+            pass  # SIGKILL has nothing else
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
+        os.kill(os.getpid(), -code)
+    os._exit(code if code >= 0 else 128 - code)
+
+
 def host_environment(environ: dict[bytes, bytes], index: int) -> dict[bytes, bytes]:
     """The caller's environment as it is on capsule `index`: what names the host or its place among the nodes, if set.
 

@@ -52,7 +52,8 @@ EXIT_CODES = (
 
 
 def entry(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """The command: exit code as in errors.ExitCode. argv without the program's name."""
+    """The command: exit code as in errors.ExitCode. argv without the program's name. Does not return where a job's
+    command has been ended by a signal: this process ends by the same one."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
     args = _parser(argv).parse_args(_spelt_out(argv))
@@ -62,6 +63,11 @@ def entry(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
 
         code: int = args.run(args, config.load(args.config, environ=environ))
         sys.stdout.flush()
+        if code < 0:
+            from hpccr.capsule.spawn import end_like
+
+            sys.stderr.flush()
+            end_like(code)
         return code
     except HpccrError as error:
         return _complain(error, debug=args.debug)

@@ -287,7 +287,7 @@ class NotDurable:
 
 @dataclass(frozen=True)
 class Finished:
-    """The job's command ended with this exit code."""
+    """The job's command ended with this exit code, or by signal -code."""
 
     code: int
 
@@ -529,6 +529,11 @@ def _lost(state: State, capsule: int, reason: str) -> tuple[State, tuple[Action,
     return _end(state, StepLost(failure))
 
 
+def how_it_ended(code: int) -> str:
+    """In words, the code of an m.Exited."""
+    return f"has ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
+
+
 def _exited(state: State, capsule: int, code: int) -> tuple[State, tuple[Action, ...]]:
     if state.phase is Phase.KILLED:
         return state, ()
@@ -537,9 +542,8 @@ def _exited(state: State, capsule: int, code: int) -> tuple[State, tuple[Action,
     if capsule == 0 and state.phase in (Phase.STARTING, Phase.RESUMING, Phase.UNHOLDING):
         # A short command ends before the last capsule has answered.
         return _end(state, Finished(code))
-    failure = m.Failed(
-        ExitCode.PEER_LOST, f"the launch root of hpccr-{capsule} ended with code {code}", "", _node(state, capsule)
-    )
+    what = f"the launch root of hpccr-{capsule} {how_it_ended(code)}"
+    failure = m.Failed(ExitCode.PEER_LOST, what, "", _node(state, capsule))
     return _end(state, BootFailed(state.phase, failure) if state.phase in BOOT else StepLost(failure))
 
 

@@ -134,7 +134,7 @@ class Coordinator:
         self._io.submit(write)
 
     async def run(self, command: Callable[[str], Command], capsules: int) -> int:
-        """The exit code of the job's command. Raises HpccrError.
+        """The exit code of the job's command, -n if signal n ended it. Raises HpccrError.
 
         command: given the step's secret, what to start; capsules: how many a fresh start has.
         """
@@ -170,14 +170,14 @@ class Coordinator:
             if self._departure.why:
                 # It has not come to its end: a later run of the job goes on from its last checkpoint.
                 self._record("ended")
-                self._event("ended", why=self._departure.why, exit_code=code)
+                self._event("ended", why=self._departure.why, exit_code=_as_shown(code))
                 return code
-            self._record(FINISHED, exit_code=code)
-            self._event("finished", exit_code=code)
+            self._record(FINISHED, exit_code=_as_shown(code))
+            self._event("finished", exit_code=_as_shown(code))
         except asyncio.CancelledError:
             # SIGTERM before the job ran: nothing to checkpoint, everything has been taken down on the way here.
             self._record("cancelled")
-            return 128 + signal.SIGTERM
+            return -signal.SIGTERM
         except HpccrError as error:
             self._succession.check()  # what a ghost has to tell is of no interest
             self._event("failed", message=error.message, code=error.code)
@@ -582,3 +582,8 @@ class Coordinator:
             started=self._started,
             due=self._due,
         )
+
+
+def _as_shown(code: int) -> int:
+    """The exit code as a shell gives it: 128 + n for signal n."""
+    return code if code >= 0 else 128 - code

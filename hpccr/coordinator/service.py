@@ -268,7 +268,7 @@ class Boot:
 
     def _remind_end(self, code: int) -> None:
         silent = ", ".join(sorted({other.join.node for other in self._members if not other.here.is_set()}))
-        log.warning("the command has ended with code %d, but %s does not answer; waiting for it", code, silent)
+        log.warning("the command %s, but %s does not answer; waiting for it", plan.how_it_ended(code), silent)
 
     def _running(self, restored: tuple[m.Restored, ...]) -> None:
         if restored:

@@ -259,7 +259,7 @@ class Criu:
         self._exited.add_done_callback(self._ended)
 
     def _ended(self, exited: asyncio.Future[int]) -> None:
-        if exited.result() > 128 and self.on_killed is not None:
+        if exited.result() < 0 and self.on_killed is not None:
             self.on_killed()
 
     def _send(self, request: Any) -> None:

@@ -7,11 +7,6 @@ import os
 import signal
 
 
-def exit_code(status: int) -> int:
-    """A wait status as a shell gives it: 128 + number for a signal."""
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
 class Reaper:
     """Reaps all children of this process, from the event loop.
 
@@ -25,7 +20,7 @@ class Reaper:
         loop.add_signal_handler(signal.SIGCHLD, self.reap)
 
     def watch(self, pid: int) -> asyncio.Future[int]:
-        """Becomes the exit code of child `pid` as a shell gives it."""
+        """Becomes the exit code of child `pid`, -n if signal n ended it."""
         return self._watched.setdefault(pid, asyncio.get_running_loop().create_future())
 
     def reap(self) -> None:
@@ -38,4 +33,4 @@ class Reaper:
                 return
             future = self._watched.pop(pid, None)
             if future is not None and not future.cancelled():
-                future.set_result(exit_code(status))
+                future.set_result(os.waitstatus_to_exitcode(status))

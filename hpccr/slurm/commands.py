@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,13 @@ class CommandQuery:
 
     def job(self, job: str) -> JobInfo:
         check_job(job)
+        deadline = time.monotonic() + self._timeout
         found = _jobs(self._run(["scontrol", "show", "job", job, "--json"]), f"job {job}")
+        if not found:
+            # With --json an unknown job and a slurmctld out of reach look the same: exit code 0, no message, no jobs.
+            left = max(1.0, deadline - time.monotonic())
+            run_command(["scontrol", "show", "job", job], timeout=left, environ=self._environ)
+            raise SlurmError(f"Slurm has not told of job {job}", hint="try again")
         # Tasks of an array that are still pending share one record, which has no task id.
         matching = [info for info in found if job in (info.job, info.array)] or ("_" in job and found)
         if not matching:
@@ -109,7 +116,6 @@ def run_command(command: Sequence[str], *, timeout: float, environ: Mapping[str,
         raise SlurmError(f"cannot run `{shown}`: {error.strerror}") from None
     complaint = done.stderr.decode(errors="replace").strip()
     if "Invalid job id" in complaint:
-        # scontrol --json then exits 0 and prints an empty list.
         raise UnknownJobError(f"`{shown}`: {complaint.splitlines()[-1]}", hint=explain(complaint))
     if done.returncode:
         last = (complaint or done.stdout.decode(errors="replace").strip()).splitlines()[-1:]

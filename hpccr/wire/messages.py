@@ -341,7 +341,7 @@ class Destroyed(Message, frozen=True):
 
 
 class Exited(Message, frozen=True):
-    """The launch root ended: `code` as a shell would give it (128 + signal for a signal)."""
+    """The launch root ended as its command did: with exit code `code`, or by signal -code if that is negative."""
 
     code: int
 

@@ -87,6 +87,20 @@ class Job:
             reason=job["state_reason"],
         )
 
+    def accounted(self) -> list[tuple[str, str, str]]:
+        """State, exit code and derived exit code of each run of it in the log of completed jobs."""
+        log = self.cluster.check("ctl", "grep", f"^JobId={self.id} ", "/var/log/slurm/jobcomp.log")
+        found = []
+        for line in log.splitlines():
+            values = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            found.append((values["JobState"], values["ExitCode"], values["DerivedExitCode"]))
+        return found
+
+    def mails(self) -> list[str]:
+        """What Slurm has written to its user: "Began", "Ended" ..."""
+        log = self.cluster.run("ctl", "grep", f"Job_id={self.id} ", "/var/log/slurm/mail.log").stdout
+        return [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
+
     def wait_over(self, within: float = 180) -> Slurm:
         """Slurm's view of it once it has ended, epilog and all."""
         return wait_for(f"end of job {self.id}", self._over, within=within, every=0.25)

@@ -155,12 +155,20 @@ def test_output_of_a_job_that_starts_from_the_beginning_again(jobs: Jobs) -> Non
 # --- exit codes and signals -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("command", "code"), [("true", 0), ("sh -c 'exit 3'", 3), ("sh -c 'kill -SEGV $$'", 139)])
-def test_exit_codes(jobs: Jobs, command: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("command", "code", "number"),
+    [("true", 0, 0), ("sh -c 'exit 139'", 139, 0), ("sh -c 'kill -SEGV $$'", 0, 11), ("sh -c 'kill -KILL $$'", 0, 9)],
+)
+def test_exit_codes(jobs: Jobs, command: str, code: int, number: int) -> None:
+    """Slurm keeps what a job ended with apart from the signal that ended it."""
+    twin = jobs.submit(command, nodes=1, tasks=1, plain=True)
     job = jobs.submit(command, nodes=1, tasks=1)
     ended = job.wait_over()
-    assert ended.code == code and ended.states == ({"FAILED"} if code else {"COMPLETED"})
-    assert job.events("finished")[0]["exit_code"] == code
+    twin.wait_over()
+    assert (ended.code, ended.signal) == (code, number)
+    assert ended.states == ({"FAILED"} if code or number else {"COMPLETED"})
+    assert job.accounted() == twin.accounted()
+    assert job.events("finished")[0]["exit_code"] == (128 + number if number else code)
 
 
 def test_exit_code_of_a_restored_job(jobs: Jobs) -> None:

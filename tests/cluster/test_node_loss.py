@@ -57,23 +57,27 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
     cluster = jobs.cluster
     first, dead, cut, last = cluster.nodes[:4]
 
-    def on(body: str, *nodes: str, tasks: int = 2) -> Job:
+    def on(body: str, *nodes: str, tasks: int = 2, plain: bool = False) -> Job:
         """There now, and wherever it can be later. (Slurm starts no step of a job while it drains one of its nodes.)"""
         cluster.drain(*(node for node in cluster.nodes if node not in nodes))
         job = jobs.sbatch(
             body,
-            ["--checkpoint=requeue"],
+            ["--mail-type=END,FAIL", *([] if plain else ["--checkpoint=requeue"])],
             nodes=len(nodes),
             tasks=tasks,
             environment={"HPCCR_CHECKPOINT_SILENCE_TIMEOUT": "30"},
         )
-        job.wait_event("started")
+        if plain:
+            job.wait_state("RUNNING")
+        else:
+            job.wait_event("started")
         cluster.resume()
         return job
 
     ranks = on(workloads.stencil(), first, dead, tasks=4)
     cut_ranks = on(workloads.stencil(), first, cut, tasks=4)
     scripts = [on(counter(), dead, last), on(counter(), cut, last)]
+    twin = on(counter(), dead, last, plain=True)
     ending = on(counter(), first, dead)
     for job in (ranks, cut_ranks, *scripts, ending):
         computes(job)
@@ -89,16 +93,29 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
             event = job.wait_event("restored", within=LOSS)
             assert {dead, cut}.isdisjoint(event["nodes"])
             computes(job)
-    for turn in range(rounds(0, 3)):
-        in_turn(ranks, turn)
-    for job in (ranks, cut_ranks):
-        assert job.slurm().restarts == 1 + (rounds(0, 3) if job is ranks else 0)
-        said = job.said()
-        job.cancel()
-        workloads.check_endless(said)
+        # Where Slurm cannot be asked, nothing is said in its name.
+        asked = cluster.run(cut, "hpccr", "status", "999999", user="user1")
+        assert asked.returncode == 1 and "no job 999999" in asked.stderr and "Slurm" not in asked.stderr, asked.stderr
     for job in scripts:
         finish(job)
         assert job.slurm().restarts == 1
+    twin.wait_state("RUNNING")
+    computes(twin)
+    finish(twin)
+    # Slurm takes the node's failure for one of the job's, whose end this is not.
+    assert scripts[0].mails() == twin.mails() == ["Failed", "Ended"]
+    ends_well(cut_ranks, workloads, restarts=1)
+    for turn in range(rounds(0, 3)):
+        in_turn(ranks, turn)
+    ends_well(ranks, workloads, restarts=rounds(1, 4))
+
+
+def ends_well(job: Job, workloads: Workloads, *, restarts: int) -> None:
+    """All it has printed is what an undisturbed run prints. It is ended here."""
+    assert job.slurm().restarts == restarts
+    said = job.said()
+    job.cancel()
+    workloads.check_endless(said)
 
 
 def in_turn(job: Job, turn: int) -> None:

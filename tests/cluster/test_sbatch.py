@@ -15,8 +15,9 @@ import pytest
 
 from jobs import Job, Jobs
 from nodes import Cluster
+from test_preemption import computes, finish
 from waiting import rounds, soak, wait_for
-from workloads import SOURCES, Workloads
+from workloads import SOURCES, Workloads, counter
 
 CONFIGURATION = "/etc/slurm/plugstack.conf.d/hpccr.conf"
 SOCKET = "/run/hpccr/hpccrd.sock"
@@ -51,22 +52,6 @@ def plugin(cluster: Cluster, line: str, *nodes: str) -> Iterator[None]:
     finally:
         for file in files:
             file.write_text(before)
-
-
-def accounted(job: Job) -> list[tuple[str, str, str]]:
-    """State, exit code and derived exit code of each run of a job in the log of completed ones."""
-    log = job.cluster.check("ctl", "grep", f"^JobId={job.id} ", "/var/log/slurm/jobcomp.log")
-    found = []
-    for line in log.splitlines():
-        values = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        found.append((values["JobState"], values["ExitCode"], values["DerivedExitCode"]))
-    return found
-
-
-def mails(job: Job) -> list[str]:
-    """What Slurm has written to the user of a job: "Began", "Ended" ..."""
-    log = job.cluster.check("ctl", "grep", f"Job_id={job.id} ", "/var/log/slurm/mail.log")
-    return [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
 
 
 def undrained(cluster: Cluster) -> bool:
@@ -290,20 +275,24 @@ def test_a_pipeline(jobs: Jobs, how: str) -> None:
     assert job.wait_over().code == twin.wait_over().code == 6
     assert job.said() == twin.said()
     assert (job.directory / "copy.txt").read_text() == (twin.directory / "copy.txt").read_text()
-    assert accounted(job)[-1] == accounted(twin)[-1] == ("FAILED", "6:0", "0:0")
-    assert mails(twin) == ["Began", "Failed"] and mails(job) == ["Began", "Requeued", "Began", "Failed"]
+    assert job.accounted() == [("PENDING", "0:0", "0:0"), *twin.accounted()]
+    assert twin.accounted() == [("FAILED", "6:0", "0:0")]
+    assert job.mails() == ["Began", "Requeued", "Began", "Failed"] and twin.mails() == ["Began", "Failed"]
 
 
 def test_a_python_script_with_arguments(jobs: Jobs) -> None:
     program = jobs.cluster.check("ctl", "cat", f"{SOURCES}/threads.py")
     given = ["--rounds", str(rounds(250, 2000)), "--work", "20000", "--log", "threads.log"]
-    twin = jobs.sbatch(program, interpreter="/usr/bin/python3", arguments=given)
-    job = jobs.sbatch(program, ["--checkpoint=requeue"], interpreter="/usr/bin/python3", arguments=given)
+    mail = "--mail-type=END"
+    twin = jobs.sbatch(program, [mail], interpreter="/usr/bin/python3", arguments=given)
+    job = jobs.sbatch(program, ["--checkpoint=requeue", mail], interpreter="/usr/bin/python3", arguments=given)
     wait_for("output", lambda: job.output.exists() and job.output.stat().st_size)
     job.requeue("scontrol")
     job.wait_success()
     twin.wait_success()
     assert job.said() == twin.said()
+    assert job.mails() == twin.mails() == ["Ended"]
+    assert job.accounted() == [("PENDING", "0:0", "0:0"), *twin.accounted()]
 
 
 INSIDE = """\
@@ -386,10 +375,18 @@ def test_by_interval_and_by_signal(jobs: Jobs) -> None:
 def test_an_array_of_six_a_job_that_waits_for_its_end_and_a_time_limit(jobs: Jobs) -> None:
     """Requeued all at once, two by two on a node; what depends on them starts when the last has really ended.
 
-    At the same time one that is longer than its time limit.
+    At the same time one that is longer than its time limit, and one that is to be ended by it.
     """
     steps = rounds(650, 3600)
-    limited = jobs.sbatch(COUNT.format(count=steps), ["--checkpoint=auto", f"--time={rounds(1, 2)}"])
+    lines = [f"--time={rounds(1, 2)}", "--mail-type=END,FAIL"]
+    limited = jobs.sbatch(COUNT.format(count=steps), ["--checkpoint=auto", *lines])
+    given_up = jobs.sbatch(
+        counter(), ["--checkpoint=requeue", *lines], environment={"HPCCR_CHECKPOINT_AT_LIMIT": "none"}
+    )
+    given_up_twin = jobs.sbatch(counter(), lines)
+    given_up.wait_event("started")
+    computes(given_up)
+    given_up.checkpoint()
     cluster, count = jobs.cluster, rounds(60, 600)
     line = 'echo "task $SLURM_ARRAY_TASK_ID: $number $(echo $SLURM_ARRAY_TASK_ID.$number | sha256sum | cut -c 1-8)"'
     body = f"for number in $(seq {count}); do {line}; sleep 0.1; done"
@@ -420,7 +417,20 @@ def test_an_array_of_six_a_job_that_waits_for_its_end_and_a_time_limit(jobs: Job
     assert limited.events("interval")[0]["text"].startswith("auto: a checkpoint every ")
     assert "Slurm's records" in limited.events("interval")[0]["text"]
     assert limited.said() == "".join(f"{number + 1}\n" for number in range(steps))
+    assert limited.mails() == ["Ended"]
+    assert limited.accounted() == [("PENDING", "0:0", "0:0")] * ended.restarts + [("COMPLETED", "0:0", "0:0")]
+    ends_at_its_limit(given_up, given_up_twin)
     wait_for("the twin's end", lambda: not cluster.check("ctl", "squeue", "-h", "-j", str(twin.id)).strip())
+
+
+def ends_at_its_limit(job: Job, twin: Job) -> None:
+    """As without hpccr; and who wants it to go on requeues it."""
+    ended, as_ever = job.wait_over(), twin.wait_over()
+    assert ended.states == as_ever.states == {"TIMEOUT"} and ended.restarts == 0
+    assert job.accounted() == twin.accounted() and job.mails() == twin.mails() == ["Failed"]
+    assert [event["reason"] for event in job.events("released")] == ["command"]
+    job.requeue("scontrol", avoid=False)
+    finish(job)
 
 
 def test_not_wrapped_at_all(jobs: Jobs) -> None:

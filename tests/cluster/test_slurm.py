@@ -107,9 +107,15 @@ def test_a_job_is_seen_and_steered(cluster: Cluster, jobs: Jobs, backend: Backen
 
 def test_nodes_are_seen(cluster: Cluster, backend: Backend) -> None:
     last = cluster.nodes[-1]
+
+    def registered() -> Any:
+        """From a resume on until a node has registered anew, Slurm does not know when it was booted."""
+        nodes = backend.query("q.nodes()")
+        return nodes if all(node["boot_time"] for node in nodes) else None
+
     cluster.drain(last)
     try:
-        found = backend.query("q.nodes()")
+        found = wait_for("all nodes to register", registered, every=0.25)
     finally:
         cluster.resume()
     assert [node["name"] for node in found] == list(cluster.nodes)

@@ -188,32 +188,62 @@ def outside_the_job(cluster: Cluster, job: Job, node: str, pids: list[int]) -> N
 
 
 def test_a_checkpoint_before_the_last_is_durable(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
-    """By interval it is left out, asked for it waits, and both are told; a terminal shows how far the flush is."""
-    job = jobs.submit(workloads.ticker(hold=16), environment={"HPCCR_CHECKPOINT_INTERVAL": "10s"})
-    job.wait_event("started")
-    node = job.slurm().nodes[1]
-    first = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
-    pids = wait_for(
-        "a worker", lambda: any(map(is_the_users, found := cluster.pids(node, FLUSH))) and found, every=0.005
-    )
-    with stopped(pids):
-        outside_the_job(cluster, job, node, pids)
-        terminal = cluster.popen("ctl", "script", "-qec", f"hpccr checkpoint {job.id}", "/dev/null", user="user1")
-        assert job.wait_event("waiting")["pending"] == 1
-        skipped = job.wait_event("skipped")
-        assert (skipped["reason"], skipped["pending"]) == ("interval", 1)
-        status = job.status()["status"]
-        assert (status["skipped"], status["waiting"], status["phase"]) == (1, True, "flush")
-        assert 0 <= status["flush"]["done"] < status["flush"]["total"]
-        shown = job.hpccr_ok("status")
-        assert "1 left out" in shown and "the next one waits" in shown
-        assert len(job.events("released")) == 1
-    first.communicate(timeout=60)
-    assert first.returncode == 0
+    """By interval it is left out (or waits, where that is wanted), asked for it waits, and all that is told; a terminal
+    shows how far the flush is."""
+    often = {"HPCCR_CHECKPOINT_INTERVAL": "10s"}
+    patient = jobs.submit(workloads.ticker(hold=16), environment=often | {"HPCCR_CHECKPOINT_BACKLOG": "wait"})
+    patient.wait_event("started")
+    with flush_held(patient):
+        cluster.drain(*patient.slurm().nodes)
+        job = jobs.submit(workloads.ticker(hold=16), environment=often)
+        job.wait_event("started")
+        cluster.resume()
+        with flush_held(job) as (node, pids):
+            outside_the_job(cluster, job, node, pids)
+            terminal = cluster.popen("ctl", "script", "-qec", f"hpccr checkpoint {job.id}", "/dev/null", user="user1")
+            assert job.wait_event("waiting")["pending"] == 1
+            skipped = job.wait_event("skipped")
+            assert (skipped["reason"], skipped["pending"]) == ("interval", 1)
+            status = job.status()["status"]
+            assert (status["skipped"], status["waiting"], status["phase"]) == (1, True, "flush")
+            assert 0 <= status["flush"]["done"] < status["flush"]["total"]
+            shown = job.hpccr_ok("status")
+            assert "1 left out" in shown and "the next one waits" in shown
+            assert len(job.events("released")) == 1
+        waits = patient.wait_event("waiting")
+        assert (waits["reason"], waits["pending"]) == ("interval", 1)
+        assert "the next one waits" in patient.hpccr_ok("status")
+        ticks(patient)
+        assert len(patient.events("released")) == 1 and not patient.events("durable")
     shown, _ = terminal.communicate(timeout=60)
     assert terminal.returncode == 0, shown
     assert "waits for checkpoint 1" in shown and "\u2501" in shown and "MiB" in shown, shown
     assert "checkpoint 2 of" in shown
+    assert patient.wait_event("released", 2)["reason"] == "interval" and not patient.events("skipped")
+    patient.requeue()
+    for one in (job, patient):
+        ticks(one)
+        one.cancel()
+        workloads.check_ticks(one.said())
+
+
+def ticks(job: Job) -> None:
+    size = job.output.stat().st_size
+    wait_for("more output", lambda: job.output.stat().st_size > size)
+
+
+@contextmanager
+def flush_held(job: Job) -> Iterator[tuple[str, list[int]]]:
+    """A checkpoint of the job is made, and what writes it to the store stands still on one node in this block."""
+    cluster, node = job.cluster, job.slurm().nodes[1]
+    client = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user=job.user)
+    pids = wait_for(
+        "a worker", lambda: any(map(is_the_users, found := cluster.pids(node, FLUSH))) and found, every=0.005
+    )
+    with stopped(pids):
+        yield node, pids
+    client.communicate(timeout=60)
+    assert client.returncode == 0
 
 
 def test_killed_flushes(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:

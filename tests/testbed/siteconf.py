@@ -43,6 +43,8 @@ KillWait=30
 Epilog=/src/hpccr/noded/dist/epilog
 MailProg=/src/tests/testbed/mail
 InactiveLimit=0
+# Long tests look at jobs that ended long before.
+MinJobAge=7200
 # Node failures are to be noticed while a test waits for them.
 SlurmdTimeout=10
 MessageTimeout=5

@@ -22,9 +22,9 @@ def finish(process: subprocess.Popen[bytes], data: bytes = b"") -> tuple[int, by
 
 
 @pytest.mark.parametrize(
-    ("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137), ("kill -TERM $$", 143)]
+    ("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", -9), ("kill -SEGV $$", -11), ("exit 139", 139)]
 )
-def test_exit_code_is_the_commands(script: str, code: int) -> None:
+def test_ends_as_its_command_does(script: str, code: int) -> None:
     assert finish(launch("sh", "-c", script))[0] == code
 
 

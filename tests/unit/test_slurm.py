@@ -276,6 +276,9 @@ def test_what_slurm_refuses(slurm: Fake, tmp_path: Path) -> None:
     with pytest.raises(UnknownJobError) as unknown:
         query.job("999")
     assert "squeue --me" in unknown.value.hint
+    with pytest.raises(SlurmError, match="has not told") as silent:
+        slurm.answers({"jobs": []}).job("999")
+    assert not isinstance(silent.value, UnknownJobError)
     query = slurm.answers("", code=1, complaint="Access/permission denied for job 3\nslurm_requeue error\n")
     with pytest.raises(SlurmError, match="slurm_requeue error") as refused:
         query.requeue("3")
