@@ -38,6 +38,12 @@ class Capsule:
     stdio: Stdio = field(default_factory=lambda: Stdio(0, 0, 0))
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """The network devices that carry what the job sends."""
+        own = () if self.network is None else (self.network.device, self.network.uplink)
+        return ("lo", *filter(None, own))
+
+    @property
     def inside(self) -> tuple[str, ...]:
         """The networks whose addresses are the job's own, as address/prefix."""
         own = () if self.network is None else (f"{self.network.address}/{self.network.prefix}",)

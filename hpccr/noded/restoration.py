@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.noded import accesses, child, jobfiles, launch, mounts, private, recorded, scan, subreaper
+from hpccr.noded import accesses, child, jobfiles, launch, mounts, private, recorded, scan, segments, subreaper
 from hpccr.noded.capsule import Capsule, Streams, kill, set_last_pid, wait_ended
 from hpccr.noded.control import InitRestore
 from hpccr.noded.criu import Final
@@ -53,6 +53,7 @@ class Restoration:
         reaps = check_images(self._capsule, self._directory, image.root_pid) and subreaper.SUPPORTED
         await self._capsule.criu(self._directory).probe()
         self._capsule.hold.on()
+        segments.shorten(self._capsule.devices)
         set_last_pid(_LOW_PIDS)
         if image.files or image.read:
             await jobfiles.link(self._capsule, self._directory)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 from jobs import Job, Jobs
 from nodes import Cluster
 from waiting import rounds, wait_for
-from workloads import Workloads
+from workloads import SOURCES, Workloads
 
 ASKING = """\
 number=0
@@ -160,3 +161,28 @@ def test_jobs_in_tmux_and_screen(jobs: Jobs) -> None:
     for name, size in (("tmux", "33 77"), ("screen", "24 80")):
         lines = said[name].read_text().splitlines()
         assert lines == [f"{name} {number} {size}" for number in range(1, len(lines) + 1)]
+
+
+def test_segments_are_as_long_as_before(jobs: Jobs) -> None:
+    """A TCP connection made anew by CRIU would send segments of 524 bytes for the rest of its life."""
+    line = "exec python3 -I $SEGMENTS $SLURM_PROCID"
+    job = jobs.submit(f"srun sh -c '{line}'", nodes=2, tasks=2, environment={"SEGMENTS": f"{SOURCES}/segments.py"})
+    said = [job.directory / f"segments.{number}" for number in range(2)]
+
+    def newest() -> list[list[int]]:
+        return [json.loads(path.read_text().splitlines()[-1]) for path in said]
+
+    wait_for("both to talk", lambda: all(path.exists() and path.read_text() for path in said))
+    job.hpccr_ok("checkpoint")
+    before = newest()
+    for number in range(1, 1 + rounds(1, 5)):
+        job.requeue()
+        job.wait_event("restored", number)
+        wait_for("segments as long as before", lambda: all(map(no_shorter, newest(), before)))
+    job.cluster.write(job.directory / "enough", "", job.user)
+    job.wait_success()
+
+
+def no_shorter(now: list[int], before: list[int]) -> bool:
+    """On loopback they are longer once the windows have grown."""
+    return all(one >= other for one, other in zip(now, before, strict=True))

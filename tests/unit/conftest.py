@@ -18,8 +18,8 @@ settings.register_profile("short", derandomize=True)
 settings.register_profile("long", derandomize=False, print_blob=True)
 settings.load_profile("long" if SOAK else "short")
 
-# A shell ignores the first two for what it puts into the background, nohup the last, and programs inherit that: the tests
-# send them.
+# A shell ignores the first two for what it puts into the background, nohup the last, and programs inherit that: the
+# tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
