@@ -434,8 +434,8 @@ class Boot:
             except LockedError as error:
                 if not kill:
                     self._check_turn(hurry=False)
-                # A connection was neither closed nor established at the freeze, which CRIU cannot dump. The job
-                # has gone on and the connection with it; nothing tells us when it is made.
+                # A connection was neither closed nor established at the freeze, which CRIU cannot dump, or new tasks
+                # came faster than it stops them. The job has gone on, and nothing tells us when that is over.
                 log.info("trying again in %g s: %s", pause, error.message)
                 await asyncio.sleep(pause)
         return await self._attempt(kill, quiesce)

@@ -33,7 +33,7 @@ from hpccr.noded import (
 )
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
-from hpccr.noded.criu import Final
+from hpccr.noded.criu import GROWING, Final
 from hpccr.wire.messages import Frozen, Prepared, Released, Surveyed
 
 ABORT_SECONDS = 600.0
@@ -243,6 +243,11 @@ class Checkpoint:
                 raise LockedError(
                     f"CRIU could not {what}: a connection was just being made, or the kernel asked ({reason})",
                     hint="try again: this passes as soon as the connection is accepted or the answer read",
+                )
+            if reason == GROWING:
+                raise LockedError(
+                    f"CRIU could not {what}: {reason}",
+                    hint="try again when the program starts fewer of them",
                 )
             raise HpccrError(
                 f"CRIU could not {what}: {reason}",

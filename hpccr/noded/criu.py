@@ -35,8 +35,12 @@ CACHE = "/run/criu.kdat"
 MAX_LOGGED = 40
 """Lines of one failure in hpccrd's log."""
 
+GROWING = "processes or threads are started faster than CRIU can stop them"
+"""Its own words for what CRIU gives up at without any."""
+
 _MAX_PACKET = 64 << 10
 _CONSEQUENCE = re.compile(r"\d+ exited|(?:Restoring|Dumping) FAILED|rlimit")
+_GROWING = re.compile(r"Collected \(-1 attempts, [1-9]\d* in_progress\)")
 _ERROR_LINE = re.compile(r"^\([^)]*\)\s*(?:\d+:\s*)?(Error \(.*)$")
 
 log = logging.getLogger(__name__)
@@ -294,7 +298,12 @@ class Criu:
 
 def errors(text: str) -> list[str]:
     """The lines of a CRIU log that report an error, without time and pid; what is only a consequence, as that a task
-    exited, if there is nothing else. Names of the job's files are in them: no control character is left."""
+    exited, if there is nothing else. Names of the job's files are in them: no control character is left.
+
+    When CRIU has looked for new tasks as often as it does (seize.c, collect_loop), it says so among what is no error,
+    and the errors, if there are any, are of tasks that ended meanwhile."""
+    if _GROWING.search(text):
+        return [GROWING]
     found = [match[1] for line in text.splitlines() if (match := _ERROR_LINE.match(line))]
     causes = [line for line in found if not _CONSEQUENCE.search(line)]
     return [printable(line, len(line)) for line in causes or found]

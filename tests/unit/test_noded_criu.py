@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpccr.noded.criu import errors, message
+from hpccr.noded.criu import GROWING, errors, message
 
 LOG = """\
 (00.000012) Version: 4.2.1 (gitid 0)
@@ -21,6 +21,16 @@ def test_the_cause_without_time_and_pid_and_without_its_consequences() -> None:
 def test_consequences_where_there_is_no_cause() -> None:
     consequences = "\n".join(LOG.splitlines()[-1:])
     assert errors(consequences) == ["Error (criu/cr-restore.c:2320): Restoring FAILED."]
+
+
+def test_tasks_that_are_started_too_fast_are_the_cause_whatever_else_criu_complains_of() -> None:
+    given_up = "(00.000600) Collected (-1 attempts, 1349 in_progress)\n"
+    limits = LOG.splitlines(keepends=True)[1]
+    assert errors(limits + given_up + "(00.000700) Error (criu/cr-dump.c:1975): Dumping FAILED.\n") == [GROWING]
+    ended = "(00.000500) Error (criu/util.c:412): Can't open 397772: No such file or directory\n"
+    assert errors(ended + given_up) == [GROWING]
+    for last in ("(-1 attempts, 0 in_progress)", "(3 attempts, 0 in_progress)", "(3 attempts, -1 in_progress)"):
+        assert errors(f"{LOG}(00.000600) Collected {last}\n") == errors(LOG)
 
 
 def test_no_error_at_all() -> None:
