@@ -15,7 +15,7 @@ from functools import partial
 
 import msgspec
 
-from hpccr.errors import HpccrError, LockedError
+from hpccr.errors import HpccrError, LockedError, UnsupportedError
 from hpccr.model import CapsuleImage
 from hpccr.noded import (
     accesses,
@@ -41,6 +41,10 @@ ABORT_SECONDS = 600.0
 
 LOOK_SECONDS = 1.0
 """For a look at who waits in poll(2): it goes to processors on which tasks run."""
+
+LOOK_AGAIN = (0.05, 0.2)
+"""Seconds before another look at what would be refused. The tasks run: one that has just been forked is not among those
+that were seen, and its end of a socket is then nobody's of the job. What is there to stay is seen again."""
 
 FREEZE_SHARE = 2 / 3
 """Of checkpoint.freeze_timeout: what CRIU has to stop all tasks. The rest is for what comes then."""
@@ -78,8 +82,17 @@ class Checkpoint:
         helpers = (self._criu.pid, *self._saving.pids, *self._files.pids)
         return scan.tree(self._capsule.root, helpers=helpers, stopped=stopped)
 
-    async def prepare(self) -> Prepared:
-        """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
+    async def _look(self) -> scan.Tree:
+        """The tasks, once there is nothing about them to refuse. Raises UnsupportedError, HpccrError."""
+        for pause in LOOK_AGAIN:
+            try:
+                return self._looked_through()
+            except UnsupportedError as error:
+                print(f"hpccr: looking again: {error.message}", file=sys.stderr)
+                await asyncio.sleep(pause)
+        return self._looked_through()
+
+    def _looked_through(self) -> scan.Tree:
         tree = self._tree()
         refusals.check_namespaces(tree)
         refusals.check_traced(tree)
@@ -90,6 +103,11 @@ class Checkpoint:
         services.check(tree)
         if self._request.outside == "refuse":
             outside.refuse(tree, self._capsule.inside)
+        return tree
+
+    async def prepare(self) -> Prepared:
+        """Check everything that can be checked while the tasks run, and bring CRIU to the point before the freeze."""
+        tree = await self._look()
         self._occupied = scan.occupied(tree, self._capsule.places)
         self._needed = scan.estimate(tree, self._capsule.places, self._request.ghost_limit)
         self._needed += await self._files.measure(tree)

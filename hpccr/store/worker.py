@@ -42,8 +42,8 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Self
@@ -258,10 +258,27 @@ def flush(link: Link) -> None:
     if not isinstance(request, FlushOpen):
         raise ProtocolError(f"a flush began with {type(request).__name__}")
     directory = _absolute(request.directory)
-    publish.make_one_directory(directory)
-    if (directory / FRAGMENT_NAME).exists():
-        raise LockedError(f"{directory} already holds a published fragment", hint="take the next checkpoint number")
-    _clear(directory)
+    with _naming(directory):
+        publish.make_one_directory(directory)
+        if (directory / FRAGMENT_NAME).exists():
+            raise LockedError(f"{directory} already holds a published fragment", hint="take the next checkpoint number")
+        _clear(directory)
+        _flush(link, request, receive, directory)
+    link.send(Ok())
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """A write or a sync does not say where it failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(directory)
+        raise
+
+
+def _flush(link: Link, request: FlushOpen, receive: Callable[[], FlushRequest], directory: Path) -> None:
     try:
         with Progress(directory, request.total) as progress, ExitStack() as stack:
             taken = Taken(link, progress)
@@ -274,24 +291,22 @@ def flush(link: Link) -> None:
             while True:
                 while writer.pending and not link.ready():
                     writer.work()
-                request = receive()
-                if not isinstance(request, FlushFile):
+                following = receive()
+                if not isinstance(following, FlushFile):
                     break
-                cutter.add(request, link.descriptor())
-            if not isinstance(request, FlushPublish):
-                raise ProtocolError(f"{type(request).__name__} where a file or the fragment must come")
-            writer.finish(request.fragment)
+                cutter.add(following, link.descriptor())
+            if not isinstance(following, FlushPublish):
+                raise ProtocolError(f"{type(following).__name__} where a file or the fragment must come")
+            writer.finish(following.fragment)
             # All is durable under its name before the fragment says that it is there.
             publish.fsync_directory(directory)
-            publish.publish_bytes(directory / FRAGMENT_NAME, request.fragment)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(directory)  # of a write or a sync, which know no name
-        if not (directory / FRAGMENT_NAME).exists():
-            _clear(directory)
-            os.rmdir(directory)
+            publish.publish_bytes(directory / FRAGMENT_NAME, following.fragment)
+    except BaseException:
+        with suppress(OSError):  # what was first is what is told
+            if not (directory / FRAGMENT_NAME).exists():
+                _clear(directory)
+                os.rmdir(directory)
         raise
-    link.send(Ok())
 
 
 class Taken:

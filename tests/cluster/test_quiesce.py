@@ -40,7 +40,7 @@ def happened(job: Job) -> list[str]:
 
 def test_c_stencil_under_mpich(jobs: Jobs, workloads: Workloads, library: Callable[[str], str]) -> None:
     """Asked from inside, from outside and by a requeue: hooks in order, resume and restart told apart."""
-    command = f"{MPICH.format(ranks=4)} {NICE} {library('mpich')}/stencil -s 300 -n 60 -l log -p 20000 -c 10"
+    command = f"{MPICH.format(ranks=4)} {NICE} {library('mpich')}/stencil -s 500 -n 60 -l log -p 20000 -c 10"
     job = jobs.submit(command, environment=PATIENT)
     job.wait_event("durable")
     assert job.events("checkpoint")[0]["reason"] == "program"
@@ -81,10 +81,10 @@ def test_work_queue(jobs: Jobs, workloads: Workloads, library: Callable[[str], s
     """Rounds of unlike work; every message counted by both ends, in Python by the preloaded library."""
     out = library("openmpi")
     if language == "c":
-        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 1200 -t 12 -p 30000"
+        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 2000 -t 12 -p 30000"
     else:
         preload = f"-x LD_PRELOAD={out}/libhpccr_mpi.so"
-        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 1500 --tasks 12 --points 20000"
+        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 2200 --tasks 12 --points 20000"
     job = jobs.submit(command, environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
     job.wait_output("round 3 ")  # before the first safe point nobody takes part
     job.hpccr_ok("checkpoint", "--no-wait")
