@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hpccr.errors import ExitCode, HpccrError
-from hpccr.noded import child, criu, interface, jobfiles, launch, mounts, outside, segments
+from hpccr.noded import child, criu, interface, jobfiles, launch, mounts, outside
 from hpccr.noded.capsule import Capsule, Streams, set_last_pid
 from hpccr.noded.checkpoint import Checkpoint
 from hpccr.noded.control import (
@@ -301,7 +301,6 @@ class Init:
         return Resumed()
 
     async def _unhold(self, request: Unhold, fds: list[int]) -> Message:
-        segments.lengthen(self._capsule.devices)
         self._capsule.hold.off()
         self._ranks.end(Outcome.RESTARTED)
         return Unheld()

@@ -73,6 +73,7 @@ class Restoration:
             await subreaper.make(image.root_pid)
         self._criu.answer(True)
         await self._reach("post-restore")
+        segments.lengthen(self._capsule.devices)
         tree = self._tree()
         found = accesses.collect(tree)
         handles = [access.handle for access in found if access.handle >= 0]

@@ -2,7 +2,11 @@
 
 A connection that CRIU has made anew begins with the segments of one that knows nothing of its peer, 536 bytes, and the
 kernel computes their length again only when it finds another MTU than then. So all devices have one that is smaller
-by one byte until the hold ends.
+by some bytes while CRIU makes them.
+
+With short segments a connection whose buffers are full both ways also stood still for ever, more often than not (seen
+with Linux 6.18): what was received in them takes more memory than before, the peer takes back the window that it had
+given, and passes over all that comes from beyond, with the news that there is room in the other direction.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import socket
 import struct
 from collections.abc import Iterable
 
+_LESS = 16
+"""Bytes. By one, that of lo would be no other: of its 65536 the kernel's IP takes 65535."""
 _SIOCGIFMTU = 0x8921
 _SIOCSIFMTU = 0x8922
 _IFREQ = struct.Struct("16si20x")
@@ -19,12 +25,12 @@ _IFREQ = struct.Struct("16si20x")
 
 def shorten(devices: Iterable[str]) -> None:
     """Under the hold, before there is any socket. Raises OSError."""
-    _change(devices, -1)
+    _change(devices, -_LESS)
 
 
 def lengthen(devices: Iterable[str]) -> None:
-    """The job's sockets are there, and nothing that they have sent got through. Raises OSError."""
-    _change(devices, 1)
+    """All sockets are there, and have not begun to send. Raises OSError."""
+    _change(devices, _LESS)
 
 
 def _change(devices: Iterable[str], by: int) -> None:
