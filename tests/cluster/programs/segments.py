@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 PIECE = b"x" * 200_000
+ENOUGH = Path("enough")
 
 
 def connect(host: str, port: int) -> socket.socket:
@@ -21,13 +22,18 @@ def connect(host: str, port: int) -> socket.socket:
 
 
 def turn(out: socket.socket, back: socket.socket) -> None:
-    out.sendall(PIECE)
-    left = len(PIECE)
-    while left:
-        data = back.recv(left)
-        if not data:
-            sys.exit("the connection was closed")
-        left -= len(data)
+    try:
+        out.sendall(PIECE)
+        left = len(PIECE)
+        while left:
+            data = back.recv(left)
+            if not data:
+                raise ConnectionResetError("the other one has ended")
+            left -= len(data)
+    except ConnectionError:
+        if ENOUGH.exists():
+            sys.exit()  # the other one has seen it first
+        raise
 
 
 def main() -> None:
@@ -39,7 +45,7 @@ def main() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(PIECE))
     before = None
     with open(f"segments.{own}", "a", buffering=1, encoding="ascii") as log:
-        while not Path("enough").exists():
+        while not ENOUGH.exists():
             turn(here[0], here[1])
             turn(here[1], here[0])
             turn(other, other)
