@@ -15,6 +15,8 @@ from sockets import deadlines
 from waiting import soak
 from workloads import Workloads
 
+pytestmark = pytest.mark.xdist_group("features")
+"""Most ranks here never sleep while they wait: two of these tests at once take each other's processors."""
 HOLD = 300.0
 """Seconds without an answer that every connection has to survive: the longest time that a job may stand still."""
 PAUSE = 10.0
