@@ -71,9 +71,6 @@ class Departure:
         if boot is None or boot.state.phase in BOOT:
             await self._depart_booting(leaving=leaving)
         elif leaving:
-            if why == "requeue":
-                # Slurm may do it because of a node, whose loss has ended the command with whatever exit code.
-                self._returns(boot, why)
             await self._leave(boot, why)
         else:
             self._end(boot, why)
@@ -131,9 +128,6 @@ class Departure:
 
     def _end(self, boot: Boot, why: str) -> None:
         if why not in ("cancelled", "unknown"):
-            self._returns(boot, why)
+            self.why = why
+            boot.returns = True
         boot.signal(signal.SIGTERM)
-
-    def _returns(self, boot: Boot, why: str) -> None:
-        self.why = why
-        boot.returns = True

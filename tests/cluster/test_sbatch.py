@@ -232,7 +232,7 @@ rm /tmp/turns
 
 def test_a_loop_of_mpiruns_is_requeued_in_several_of_its_turns(jobs: Jobs, workloads: Workloads) -> None:
     """Its variables, its place in the loop, its files in /tmp: all go on. Each time on other nodes."""
-    body = LOOP.format(mpirun=workloads.pairs(rounds(15, 200), max_bytes=1 << 18))
+    body = LOOP.format(mpirun=workloads.pairs(rounds(60, 200), max_bytes=1 << 18))
     twin = jobs.sbatch(body, nodes=2, tasks=4)
     job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=2, tasks=4)
     turns = (1, 2, 3, 4, 5) if soak() else (2, 4)
