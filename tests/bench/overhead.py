@@ -18,6 +18,7 @@ from workloads import SOURCES
 # Two ranks have this machine's two processors for themselves: none gives its own away while it waits.
 MPIRUN = "mpirun.openmpi --mca mpi_yield_when_idle 0 --map-by ppr:{each}:node -n 2"
 CHOICE = "--mca pml ob1 --mca smsc ^cma,knem,xpmem"
+CHOICES = (("", "as the site has it"), (f" {CHOICE}", "with hpccr's choice of transports"))
 PINGPONG = "python3 /src/tests/bench/pingpong.py"
 STEPS = 2000
 MELT = f"lmp -in {SOURCES}/melt.in -var size 16 -var steps {STEPS} -var every 500 -log none"
@@ -28,14 +29,15 @@ def measure(cluster: Cluster, repetitions: int) -> None:
     print("\nin capsules to outside of hpccr, medians of pairs:\n")
     for nodes in (1, 2):
         where = "within a node" if nodes == 1 else "between two nodes"
-        for choice, what in (("", "as the site has it"), (f" {CHOICE}", "with hpccr's choice of transports")):
+        for choice, what in CHOICES:
             found = pairs(cluster, repetitions, nodes, choice, PINGPONG, pingpong)
             for name, at in (("latency, 8 bytes", 0), ("bandwidth, 1 MiB", 1)):
                 inside, outside = ([row[side][at] for row in found] for side in (0, 1))
                 print(f"{name}, {where}, outside {what}: {ratio(inside, outside)}", flush=True)
-    found = pairs(cluster, repetitions, 2, "", MELT, loop_time)
-    inside, outside = ([row[side][0] for row in found] for side in (0, 1))
-    print(f"LAMMPS, loop time, two ranks on two nodes: {ratio(inside, outside)}", flush=True)
+    for choice, what in CHOICES:
+        found = pairs(cluster, repetitions, 2, choice, MELT, loop_time)
+        inside, outside = ([row[side][0] for row in found] for side in (0, 1))
+        print(f"LAMMPS, loop time, two ranks on two nodes, outside {what}: {ratio(inside, outside)}", flush=True)
 
 
 Result = tuple[float, ...]
