@@ -18,7 +18,11 @@ else:
 
 def exit_code(status: int) -> int:
     """A wait status as a shell gives it: 128 + n for signal n."""
-    code = os.waitstatus_to_exitcode(status)
+    return shell_code(os.waitstatus_to_exitcode(status))
+
+
+def shell_code(code: int) -> int:
+    """An exit code, -n for signal n, as a shell gives it: 128 + n for signal n."""
     return code if code >= 0 else 128 - code
 
 
@@ -36,7 +40,7 @@ def end_like(code: int) -> NoReturn:
             pass  # SIGKILL has nothing else
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(os.getpid(), -code)
-    os._exit(code if code >= 0 else 128 - code)
+    os._exit(shell_code(code))
 
 
 def host_environment(environ: dict[bytes, bytes], index: int) -> dict[bytes, bytes]:

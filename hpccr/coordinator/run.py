@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpccr.capsule.root import NOT_PASSED
+from hpccr.capsule.spawn import shell_code
 from hpccr.config import Config
 from hpccr.coordinator import plan
 from hpccr.coordinator.agents import LOST_STEP_TIMEOUT, STEP_END_TIMEOUT, Agents, place
@@ -170,10 +171,10 @@ class Coordinator:
             if self._departure.why:
                 # It has not come to its end: a later run of the job goes on from its last checkpoint.
                 self._record("ended")
-                self._event("ended", why=self._departure.why, exit_code=_as_shown(code))
+                self._event("ended", why=self._departure.why, exit_code=shell_code(code))
                 return code
-            self._record(FINISHED, exit_code=_as_shown(code))
-            self._event("finished", exit_code=_as_shown(code))
+            self._record(FINISHED, exit_code=shell_code(code))
+            self._event("finished", exit_code=shell_code(code))
         except asyncio.CancelledError:
             # SIGTERM before the job ran: nothing to checkpoint, everything has been taken down on the way here.
             self._record("cancelled")
@@ -582,8 +583,3 @@ class Coordinator:
             started=self._started,
             due=self._due,
         )
-
-
-def _as_shown(code: int) -> int:
-    """The exit code as a shell gives it: 128 + n for signal n."""
-    return code if code >= 0 else 128 - code

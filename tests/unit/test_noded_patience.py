@@ -29,28 +29,38 @@ def test_a_node_waits_longer_than_its_coordinator() -> None:
     assert patience.limit(State.RUNNING, config) is None
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_it_ends_with_the_next_request(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
-    monkeypatch.setattr(patience, "limit", lambda state, config: 0.0)
+def given_up(state: State, *, stopped: float = 0.0, ends: bool, rest: float) -> list[str]:
+    """The reasons for which a Patience gave up. stopped: seconds after its begin in which nothing runs; then the next
+    request comes (ends), and it has `rest` seconds more to do wrong, or it is waited for to give up."""
 
     async def run() -> list[str]:
-        given_up: list[str] = []
+        reasons: list[str] = []
         over = asyncio.Event()
 
         async def give_up(reason: str) -> None:
-            given_up.append(reason)
+            reasons.append(reason)
             over.set()
 
         waiting = patience.Patience(QUICK, give_up)
-        waiting.begin(State.PREPARED)
+        waiting.begin(state)
+        if stopped:
+            time.sleep(stopped)  # of the whole process, as by SIGSTOP
+            await asyncio.sleep(0)
         if ends:
             waiting.end()
-            asyncio.get_running_loop().call_later(0.01, over.set)
+            asyncio.get_running_loop().call_later(rest, over.set)
         async with asyncio.timeout(10):
             await over.wait()
-        return given_up
+        return reasons
 
-    assert asyncio.run(run()) == ([] if ends else ["the next request did not come within 0 s"])
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_it_ends_with_the_next_request(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    monkeypatch.setattr(patience, "limit", lambda state, config: 0.0)
+    found = given_up(State.PREPARED, ends=ends, rest=0.01)
+    assert found == ([] if ends else ["the next request did not come within 0 s"])
 
 
 @pytest.mark.parametrize("comes", [True, False])
@@ -58,24 +68,4 @@ def test_a_stop_of_the_whole_process_is_no_delay_of_others(monkeypatch: pytest.M
     """What came while it was stopped is read first; what does not come is late once more after that."""
     monkeypatch.setattr(patience, "limit", lambda state, config: 0.1)
     monkeypatch.setattr(patience, "STOPPED", 0.1)
-
-    async def run() -> list[str]:
-        given_up: list[str] = []
-        over = asyncio.Event()
-
-        async def give_up(reason: str) -> None:
-            given_up.append(reason)
-            over.set()
-
-        waiting = patience.Patience(QUICK, give_up)
-        waiting.begin(State.FROZEN)
-        time.sleep(0.3)  # nothing runs meanwhile, as when it is stopped
-        await asyncio.sleep(0)
-        if comes:
-            waiting.end()
-            asyncio.get_running_loop().call_later(0.3, over.set)
-        async with asyncio.timeout(10):
-            await over.wait()
-        return given_up
-
-    assert len(asyncio.run(run())) == (0 if comes else 1)
+    assert len(given_up(State.FROZEN, stopped=0.3, ends=comes, rest=0.3)) == (0 if comes else 1)
