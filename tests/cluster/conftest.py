@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+import leftovers
 from jobs import Jobs
-from leftovers import added
 from nodes import Cluster
 from waiting import Late, soak, wait_for
 from workloads import Workloads
@@ -102,16 +100,12 @@ def snapshots(cluster: Cluster) -> dict[str, dict[str, list[str]]]:
     """What is on each node."""
 
     def one(node: str) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = json.loads(
-            cluster.check(node, "python3", "/src/tests/cluster/leftovers.py", timeout=30)
-        )
+        found: dict[str, list[str]] = cluster.call(node, leftovers.snapshot)
         shared = shared_hierarchies()
         found["control group"] = [path for path in found["control group"] if not path.startswith(shared)]
         return found
 
-    nodes = ("ctl", *cluster.nodes)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(nodes, pool.map(one, nodes), strict=True))
+    return {node: one(node) for node in ("ctl", *cluster.nodes)}
 
 
 def shared_hierarchies() -> tuple[str, ...]:
@@ -130,7 +124,7 @@ def untouched(cluster: Cluster) -> Iterator[None]:
 
     def clean() -> bool:
         after = snapshots(cluster)
-        differences[:] = [f"{node}: {line}" for node in before for line in added(before[node], after[node])]
+        differences[:] = [f"{node}: {line}" for node in before for line in leftovers.added(before[node], after[node])]
         return not differences
 
     try:

@@ -1,4 +1,4 @@
-"""What is on a node: taken before and after a test, it must be the same. Runs on the node as root and prints JSON.
+"""What is on a node: taken before and after a test, it must be the same. snapshot() runs on the node as root.
 
 Network namespaces that nothing but a lost descriptor keeps are found through every process's descriptors; a VXLAN
 device in one of them would keep the UDP port of the node's own namespace open, which is looked at as well.
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -146,7 +145,3 @@ def added(before: dict[str, list[str]], after: dict[str, list[str]]) -> list[str
         # A daemon that died, a mount of the node that was taken down with a capsule's.
         found += [f"{kind} gone: {what}" for what in sorted((was - now).elements())]
     return found
-
-
-if __name__ == "__main__":
-    json.dump(snapshot(), sys.stdout)

@@ -7,12 +7,15 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import boot
 import cgroups
 from overlay import mount_scratch_root
-from paths import CHECKOUT, Instance, TestbedError
+from paths import CHECKOUT, Instance
 from syscalls import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -36,30 +39,61 @@ _ENTERED = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWC
 _NOT_FOUND = 127
 
 
+class Entry:
+    """A user's way into a node: all that can be looked up before the fork, so that little is done after it."""
+
+    def __init__(self, instance: Instance, node: str, user: str, outside: Mapping[str, str] = os.environ) -> None:
+        """outside: whose variables of some names are passed on. Raises TestbedError for a node or user that is not."""
+        boot.known(instance, node)
+        pid = boot.pid_one(instance, node)
+        self._instance, self._node, self._user = instance, node, user
+        self._accounts = boot.Accounts(Path(f"/proc/{pid}/root"))
+        self.environment = _environment(self._accounts, user, outside)
+        self._pidfd = os.pidfd_open(pid)
+        cgroups.hierarchies()  # in the child /proc is another's
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+
+    @contextmanager
+    def children(self) -> Iterator[None]:
+        """What this thread forks in this block is among the node's processes; the thread itself stays what it is."""
+        own = os.open("/proc/thread-self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            setns(self._pidfd, CLONE_NEWPID)
+            try:
+                yield
+            finally:
+                setns(own, CLONE_NEWPID)
+        finally:
+            os.close(own)
+
+    def become(self) -> None:
+        """In a child of that block, which is killed when its parent ends: the user's, in its home on the node. What
+        goes wrong is said on stderr, and ends it."""
+        try:
+            cgroups.join(self._instance.name, self._node)
+            setns(self._pidfd, _ENTERED)
+            _become(self._accounts, self._user)
+            # In a pid namespace of its own it does not see its parent, which is there, or the signal would be.
+            die_with_parent(0)
+            os.chdir(self.environment["HOME"])
+        except BaseException as error:
+            os.write(2, f"testbed: error: entering {self._node}: {error}\n".encode())
+            os._exit(1)
+
+
 def run_in_node(instance: Instance, node: str, user: str, command: list[str]) -> int:
     """Run `command` on the node as `user` with this process's stdio; its exit status as a shell gives it.
 
     The command is killed with this process; SIGINT, SIGTERM and SIGHUP are passed on to it.
     """
-    boot.known(instance, node)
-    pid = boot.pid_one(instance, node)
-    accounts = boot.Accounts(Path(f"/proc/{pid}/root"))
-    environment = _environment(accounts, user)
-    pidfd = os.pidfd_open(pid)
-    setns(pidfd, CLONE_NEWPID)  # for the children; the caller stays what it is
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        try:
-            cgroups.join(instance.name, node)
-            setns(pidfd, _ENTERED)
-            _exec(accounts, user, command, environment, parent)
-        except TestbedError as error:
-            os.write(2, f"testbed: error: {error}\n".encode())
-        except OSError as error:
-            os.write(2, f"testbed: error: entering {node}: {error}\n".encode())
-        finally:
-            os._exit(1)
+    entry = Entry(instance, node, user)
+    with entry.children():
+        child = os.fork()
+        if child == 0:
+            entry.become()
+            _exec(command, entry.environment)
     return _wait_passing_signals(child)
 
 
@@ -77,7 +111,9 @@ def run_in_chroot(layers: list[Path], user: str, command: list[str]) -> int:
         child = os.fork()
         if child == 0:
             try:
-                _exec(accounts, user, command, environment, 1)
+                _become(accounts, user)
+                die_with_parent(1)
+                _exec(command, environment)
             finally:
                 os._exit(1)
         # This is pid 1: it takes in orphans until the command has ended.
@@ -101,7 +137,7 @@ _TOOLS_WRITE_ELSEWHERE = {
 }
 
 
-def _environment(accounts: boot.Accounts, user: str) -> dict[str, str]:
+def _environment(accounts: boot.Accounts, user: str, outside: Mapping[str, str] = os.environ) -> dict[str, str]:
     environment = {
         "PATH": _PATH,
         "HOME": accounts.home(user),
@@ -111,25 +147,23 @@ def _environment(accounts: boot.Accounts, user: str) -> dict[str, str]:
         "LANG": "C.UTF-8",
     }
     passed = ("TERM", "HPCCR_SOAK", "HPCCR_SEED", "CI", "HYPOTHESIS_PROFILE")
-    return environment | {key: os.environ[key] for key in passed if key in os.environ}
+    return environment | {key: outside[key] for key in passed if key in outside}
 
 
-def _exec(accounts: boot.Accounts, user: str, command: list[str], environment: dict[str, str], parent: int) -> None:
-    """Become `command` run by `user`, in its home unless the directory is set already; does not return normally."""
+def _become(accounts: boot.Accounts, user: str) -> None:
     uid, gid = accounts.ids(user)
     os.setgroups(accounts.groups(user))
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     os.umask(0o022)
-    # Changing ids clears this, so it comes after.
-    die_with_parent(parent)
-    if os.getcwd() == "/":
-        os.chdir(environment["HOME"])
+
+
+def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
         os.write(2, f"testbed: error: cannot run {command[0]}: {error.strerror}\n".encode())
-        os._exit(_NOT_FOUND)
+    os._exit(_NOT_FOUND)
 
 
 def _wait_passing_signals(child: int) -> int:
