@@ -77,6 +77,7 @@ class Checkpoint:
         self._scanned = scan.Tree(home.root)
         self._polls: list[interrupted.Poll] = []
         self._waited: dict[int, interrupted.Poll] = {}
+        self._interrupted: list[int] = []
 
     def _tree(self, *, stopped: bool = False) -> scan.Tree:
         helpers = (self._criu.pid, *self._saving.pids, *self._files.pids)
@@ -171,6 +172,7 @@ class Checkpoint:
         self._capsule.hold.on()
         self._waited = interrupted.still(self._polls)
         self._scanned = self._tree(stopped=True)
+        self._interrupted = interrupted.waiting(self._scanned)
         scan.check_whole(self._scanned, self._capsule.identity.uid)
         refusals.check_open(self._scanned, self._capsule.places)
         # Other checkpoints of the node count on the room that this one was given.
@@ -214,12 +216,21 @@ class Checkpoint:
             await self._criu.until()
             await capsule.wait_ended(ended)
         else:
+            self._let_wait()
             self._criu.answer(True)
             await self._criu.until()
             self._capsule.hold.off()
         frozen = time.monotonic() - self._stopped_at
         self._repair_images()
         return Released(frozen_seconds=frozen, criu_freeze_seconds=self._criu_seconds())
+
+    def _let_wait(self) -> None:
+        """Who waited in a call before the dump does so after it. Not worth to fail for: CRIU alone does not do it."""
+        if self._interrupted:
+            try:
+                interrupted.mend(self._criu.pid, self._interrupted, self._waited, self._stopped_at)
+            except (OSError, HpccrError) as error:
+                print(f"hpccr: waiting calls of the job end with EINTR: {error!r}", file=sys.stderr)
 
     def _repair_images(self) -> None:
         """See interrupted.py and jobfiles.py. The tasks run, or are dead, and nobody has read the images yet."""
@@ -243,6 +254,8 @@ class Checkpoint:
 
     async def abort(self) -> None:
         """Give up wherever it stands: the tasks run on as if nothing had been. May be called more than once."""
+        if self._criu.at == "post-dump":
+            self._let_wait()
         # First of all the tasks: a helper that storage keeps from dying must not keep them.
         try:
             await asyncio.wait_for(self._criu.give_up(), ABORT_SECONDS)

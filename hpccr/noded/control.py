@@ -100,7 +100,8 @@ class Peer(Message, frozen=True):
 
 
 class Network(Message, frozen=True):
-    """The devices are in the capsule's network namespace: give them addresses, peers and routes. Reply: NetworkReady.
+    """What the capsule's network is: hpccrd has given the devices their addresses, peers and routes, and init does the
+    rest. Reply: NetworkReady.
 
     device: the VXLAN device (already named); address, prefix: of this capsule on it. uplink: device name or "";
     uplink_address/prefix/gateway on it, outside_source: the constant source address for the default route.

@@ -195,7 +195,8 @@ class Init:
         raise HpccrError("the capsule is built already")
 
     async def _network(self, request: Network, fds: list[int]) -> Message:
-        child.call(lambda: interface.configure(request))
+        if request.uplink:
+            child.call(lambda: interface.translate(request))
         self._capsule.network = request
         return NetworkReady()
 
@@ -371,7 +372,7 @@ def build(control: Control) -> tuple[Build, tuple[int, ...]]:
     os.chdir("/")
     mounts.execute(mounts.plan(request))
     socket.sethostname(request.hostname)
-    child.call(interface.begin)
+    interface.begin()
     set_last_pid(request.first_pid - 1)
     control.send(Built(pid=outside))
     return request, tuple(fds[1:])

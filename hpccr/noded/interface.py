@@ -1,21 +1,22 @@
 """The capsule's end of its network: addresses, peers and routes, inside the capsule's network namespace.
 
-The devices were made in the node's namespace and moved in. All functions here run in a helper process of init's
-(child.call) because pyroute2 opens sockets and event loops of its own.
+The devices were made in the node's namespace and moved in.
 """
 
 from __future__ import annotations
 
+import fcntl
+import socket
+import struct
 from typing import Any
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from hpccr.errors import HpccrError
 from hpccr.noded.addresses import GATEWAY_MAC
 from hpccr.noded.control import Network
 from hpccr.noded.hold import Nft
 from hpccr.noded.netlink import NUD_PERMANENT, SCOPE_GLOBAL
+
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # netdevice(7)
 
 _PATIENCE = {"tcp_retries2": "200", "tcp_rto_max_ms": "10000"}
 """Of TCP in /proc/sys/net/ipv4, for what is under way when the job is held. By the kernel's defaults, 15 repetitions
@@ -24,9 +25,11 @@ quiet for up to two minutes after a long hold. The second is new in Linux 6.15."
 
 
 def begin() -> None:
-    """A new network namespace, before any socket is made in it: lo is up, and TCP has patience."""
-    with IPRoute() as route:
-        _do("bring up lo", lambda: route.link("set", index=_index(route, "lo"), state="up"))
+    """A new network namespace, before any other socket is made in it: lo is up, and TCP has patience. By capsule init,
+    which does without pyroute2: what init has in its memory every fork of it pays for, also while the job stands
+    still."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as anything:
+        fcntl.ioctl(anything, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
     for name, value in _PATIENCE.items():
         try:
             with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
@@ -35,20 +38,31 @@ def begin() -> None:
             pass  # jobs run without it too, and stand still for less long
 
 
-def configure(network: Network) -> None:
+def configure(route: Any, network: Network) -> None:
     """Make the capsule reachable for its peers and, with an uplink, the outside reachable from it.
 
-    Raises HpccrError naming the step that the kernel refused.
+    By hpccrd; route: a netlink socket in the capsule's network namespace. Raises HpccrError naming the step that the
+    kernel refused.
     """
-    with IPRoute() as route:
-        _overlay(route, network)
-        if network.uplink:
-            _uplink(route, network)
+    _overlay(route, network)
     if network.uplink:
-        _translate(network)
+        _uplink(route, network)
 
 
-def _overlay(route: IPRoute, network: Network) -> None:
+def translate(network: Network) -> None:
+    """The constant source address means nothing to the node: give it this capsule's own on the way out. By a helper of
+    capsule init's."""
+    Nft().run(
+        "table ip hpccr_uplink {\n"
+        " chain out {\n"
+        "  type nat hook postrouting priority srcnat;\n"
+        f'  oifname "{network.uplink}" snat to {network.uplink_address}\n'
+        " }\n"
+        "}\n"
+    )
+
+
+def _overlay(route: Any, network: Network) -> None:
     device = network.device
     index = _index(route, device)
     _do(f"set up {device}", lambda: route.link("set", index=index, address=network.mac, mtu=network.mtu, state="up"))
@@ -72,7 +86,7 @@ def _overlay(route: IPRoute, network: Network) -> None:
         )
 
 
-def _uplink(route: IPRoute, network: Network) -> None:
+def _uplink(route: Any, network: Network) -> None:
     index = _index(route, network.uplink)
     loopback = _index(route, "lo")
     _do(
@@ -99,19 +113,7 @@ def _uplink(route: IPRoute, network: Network) -> None:
     )
 
 
-def _translate(network: Network) -> None:
-    """The constant source address means nothing to the node: give it this capsule's own on the way out."""
-    Nft().run(
-        "table ip hpccr_uplink {\n"
-        " chain out {\n"
-        "  type nat hook postrouting priority srcnat;\n"
-        f'  oifname "{network.uplink}" snat to {network.uplink_address}\n'
-        " }\n"
-        "}\n"
-    )
-
-
-def _index(route: IPRoute, name: str) -> int:
+def _index(route: Any, name: str) -> int:
     found = route.link_lookup(ifname=name)
     if not found:
         raise HpccrError(f"there is no network device {name} in the capsule")
@@ -119,6 +121,8 @@ def _index(route: IPRoute, name: str) -> int:
 
 
 def _do(doing: str, act: Any) -> None:
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
         act()
     except NetlinkError as error:

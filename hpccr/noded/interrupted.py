@@ -1,10 +1,11 @@
-"""Waiting system calls in CRIU's images: made again at a restore, where CRIU would let them fail.
+"""Waiting system calls: made again after a dump and at a restore, where CRIU would let them fail.
 
 A task that was stopped in poll(2), or in a sleep or a futex(2) with a time limit, goes on by restart_syscall(2), whose
-state is the kernel's and in no image. CRIU restores such a task with EINTR, which no program expects that has no signal
-handler: some end. So the registers in the images are set as CRIU sets them for all other calls, to make the call again:
-a sleep with what was left of it, where the kernel has told the program that, a poll with what was left of it where
-that can be known (look, still), a futex with its whole limit.
+state is the kernel's and in no image. CRIU lets such a call end with EINTR, at a restore and where the tasks run on,
+which no program expects that has no signal handler: some end. So the registers are set as CRIU sets them for all other
+calls, to make the call again, in the images (repair) and of the tasks that run on (mend): a sleep with what was left of
+it, where the kernel has told the program that, a poll with what was left of it where that can be known (look, still), a
+futex with its whole limit.
 
 No file says when a call began, but /proc/PID/sched when a thread last ran (kernel/sched/debug.c), which it does not
 while it waits: in its processor's own time, which stands still for interrupts and for what a hypervisor takes away.
@@ -18,17 +19,22 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from hpccr.noded import tracer
 from hpccr.noded.scan import GONE, Tree, lines
 
-_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP = 7, 35, 202, 230
+_REPEATED = _POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP = 7, 35, 202, 230
 _INTERRUPTED = (1 << 64) - errno.EINTR
+_RESTART = (1 << 64) - 516
+"""ERESTART_RESTARTBLOCK (include/linux/errno.h)."""
 _INSTRUCTION = 2
 """Bytes of SYSCALL."""
+_USER_CS = 0x33
+"""Of 64-bit programs (arch/x86/include/asm/segment.h)."""
 _NATIVE = 1
 """user_x86_regs_mode of CRIU's images (images/core-x86.proto)."""
 
@@ -75,11 +81,7 @@ def look(whole: Tree) -> list[Poll]:
 
 
 def _polls(pid: int) -> Iterator[Poll]:
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except GONE:
-        return
-    for thread in threads:
+    for thread in _threads(pid):
         place = f"/proc/{pid}/task/{thread}"
         arguments = polled(lines(f"{place}/syscall"))
         if arguments is None:
@@ -123,6 +125,50 @@ def still(polls: Iterable[Poll]) -> dict[int, Poll]:
     return {poll.thread: poll for poll in polls if _waits(f"/proc/{poll.process}/task/{poll.thread}") == poll.waits + 1}
 
 
+def waiting(whole: Tree) -> list[int]:
+    """Threads of stopped tasks in a call that the kernel would make again by restart_syscall(2), unless a signal waits
+    for them."""
+    if platform.machine() != "x86_64":
+        return []
+    threads = [int(name) for task in whole.tasks for name in _threads(task.pid)]
+    return [thread for thread in threads if repeated(lines(f"/proc/{thread}/syscall")) and not _expects_signal(thread)]
+
+
+def _threads(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except GONE:
+        return []
+
+
+def repeated(call: list[str]) -> bool:
+    """Whether a thread's /proc file syscall shows one of these calls; of futex(2) only with a limit."""
+    words = call[0].split() if call else []
+    if len(words) < 7 or not words[0].isdecimal() or int(words[0]) not in _REPEATED:
+        return False
+    return int(words[0]) != _FUTEX or int(words[4], 16) != 0
+
+
+def _expects_signal(thread: int) -> bool:
+    facts = dict(line.split(":", 1) for line in lines(f"/proc/{thread}/status") if line.startswith(("Sig", "Shd")))
+    pending, shared, blocked = (int(facts.get(name, "0"), 16) for name in ("SigPnd", "ShdPnd", "SigBlk"))
+    return bool((pending | shared) & ~blocked)
+
+
+def mend(criu: int, threads: Iterable[int], polls: Mapping[int, Poll], stopped: float) -> None:
+    """Before CRIU, which waits for an answer after its dump, lets these threads (waiting) run on: they make their calls
+    again. polls, stopped: as for repair(). Raises OSError, HpccrError where it cannot: their calls end with EINTR."""
+    with tracer.borrowed(criu) as borrowed:
+        for thread in threads:
+            registers = borrowed.registers(thread)
+            # CRIU has put the second in the place of the first, where it has been in the task.
+            native = registers.cs == _USER_CS
+            if native and registers.ax in (_RESTART, _INTERRUPTED) and not _expects_signal(thread):
+                _make_again(registers, polls.get(thread), stopped)
+                registers.orig_ax = -1  # in no call, so that the kernel changes nothing
+                borrowed.change(thread, registers)
+
+
 def repair(entry: Any, poll: Poll | None = None, stopped: float = 0.0) -> bool:
     """Change a thread's entry of a core image (core_entry); whether there was anything to change.
 
@@ -131,11 +177,16 @@ def repair(entry: Any, poll: Poll | None = None, stopped: float = 0.0) -> bool:
     if platform.machine() != "x86_64" or not entry.HasField("thread_info"):
         return False
     registers = entry.thread_info.gpregs
-    call = registers.orig_ax
     if registers.ax != _INTERRUPTED or registers.mode != _NATIVE:
         return False
-    if call not in (_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP) or _has_signals(entry):
+    if registers.orig_ax not in _REPEATED or _has_signals(entry):
         return False
+    _make_again(registers, poll, stopped)
+    return True
+
+
+def _make_again(registers: Any, poll: Poll | None, stopped: float) -> None:
+    call = registers.orig_ax
     # Where the kernel has put what was left becomes what is asked for.
     if call == _NANOSLEEP and registers.si:
         registers.di = registers.si
@@ -145,7 +196,6 @@ def repair(entry: Any, poll: Poll | None = None, stopped: float = 0.0) -> bool:
         registers.dx = poll.left(stopped)
     registers.ax = call
     registers.ip -= _INSTRUCTION
-    return True
 
 
 def _has_signals(entry: Any) -> bool:

@@ -211,33 +211,32 @@ class Lease:
                 )
         subnet = addresses.subnet(config.network.subnet)
         uplink = plan.uplink
-        await self._the_init.request(
-            control.Network(
-                device=network.DEVICE,
-                mac=addresses.mac(create.capsule),
-                address=addresses.address(subnet, create.capsule),
-                prefix=subnet.prefixlen,
-                mtu=plan.mtu,
-                own=create.capsule,
-                peers=tuple(
-                    control.Peer(
-                        capsule=k,
-                        mac=addresses.mac(k),
-                        address=addresses.address(subnet, k),
-                        underlay=endpoints[k].address,
-                        vni=endpoints[k].vni,
-                    )
-                    for k in sorted(endpoints)
-                ),
-                uplink=network.UPLINK if uplink else "",
-                uplink_address=str(uplink[2]) if uplink else "",
-                uplink_prefix=uplink.prefixlen if uplink else 0,
-                uplink_gateway=str(uplink[1]) if uplink else "",
-                outside_source=addresses.OUTSIDE_SOURCE if uplink else "",
+        wanted = control.Network(
+            device=network.DEVICE,
+            mac=addresses.mac(create.capsule),
+            address=addresses.address(subnet, create.capsule),
+            prefix=subnet.prefixlen,
+            mtu=plan.mtu,
+            own=create.capsule,
+            peers=tuple(
+                control.Peer(
+                    capsule=k,
+                    mac=addresses.mac(k),
+                    address=addresses.address(subnet, k),
+                    underlay=endpoints[k].address,
+                    vni=endpoints[k].vni,
+                )
+                for k in sorted(endpoints)
             ),
-            control.NetworkReady,
-            timeout=config.checkpoint.create_timeout,
+            uplink=network.UPLINK if uplink else "",
+            uplink_address=str(uplink[2]) if uplink else "",
+            uplink_prefix=uplink.prefixlen if uplink else 0,
+            uplink_gateway=str(uplink[1]) if uplink else "",
+            outside_source=addresses.OUTSIDE_SOURCE if uplink else "",
         )
+        plumber, namespace = self._node.plumber, self._namespace
+        await asyncio.get_running_loop().run_in_executor(plumber.executor, plumber.configure, wanted, namespace)
+        await self._the_init.request(wanted, control.NetworkReady, timeout=config.checkpoint.create_timeout)
         return m.Connected()
 
     async def _do_start(self, request: m.Start, descriptors: Descriptors) -> m.Started:

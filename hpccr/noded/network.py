@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from hpccr.config import NetworkConfig
 from hpccr.errors import HpccrError, UnsupportedError, UsageError
-from hpccr.noded import addresses, netlink
+from hpccr.noded import addresses, interface, netlink
+from hpccr.noded.control import Network
 from hpccr.noded.netlink import Underlay
 
 DEVICE = "hpc0"
@@ -344,6 +345,11 @@ class Plumber:
                 except VniTaken:
                     continue
         raise HpccrError("found no free VXLAN identifier on this node in 16 tries")
+
+    def configure(self, wanted: Network, namespace: int) -> None:
+        """Set up what make() has put into the capsule. Raises HpccrError naming the step that failed."""
+        with netlink.inside(namespace) as socket:
+            interface.configure(socket, wanted)
 
     def _execute(self, plan: Plan, context: Context) -> None:
         done: list[Operation] = []

@@ -85,6 +85,12 @@ def prctl(option: int, *arguments: int) -> int:
     return _check(_libc.prctl(option, *(ctypes.c_ulong(a) for a in padded)), "prctl", option)
 
 
+def ptrace(request: int, pid: int, data: ctypes.Structure | int = 0) -> None:
+    """data: what the request fills or reads, or a number. Not for requests that answer by what they return."""
+    last = ctypes.byref(data) if isinstance(data, ctypes.Structure) else ctypes.c_void_p(data)
+    _check(_libc.ptrace(ctypes.c_long(request), ctypes.c_long(pid), None, last), "ptrace", hex(request), "of", pid)
+
+
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
     _check(_libc.close_range(ctypes.c_uint(first), ctypes.c_uint(last), flags), "close_range", first, last)
 

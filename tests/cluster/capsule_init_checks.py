@@ -26,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 from hpccr.model import FILES_LIST, FileRules, SavedFile, SavedFiles
+from hpccr.noded import interface, netlink
 from hpccr.noded.addresses import GATEWAY_MAC
 from hpccr.noded.control import (
     MAX_PACKET,
@@ -1316,7 +1317,7 @@ def underlay() -> Iterator[None]:
 
 
 def connect(one: Capsule, number: int, vnis: list[int], *, uplink: bool = False) -> None:
-    """Give capsule `number` its devices, as hpccrd does, and have init configure them."""
+    """Give capsule `number` its devices, and set them up, as hpccrd does."""
     device = f"check{vnis[number]}"
     ip(
         "link",
@@ -1351,25 +1352,30 @@ def connect(one: Capsule, number: int, vnis: list[int], *, uplink: bool = False)
         )
         ip("address", "add", "169.254.96.1/30", "dev", "checkup")
         ip("link", "set", "checkup", "up")
-    reply = one.ask(
-        Network(
-            device="hpc0",
-            mac=f"02:68:70:00:00:{number:02x}",
-            address=f"10.90.0.{10 + number}",
-            prefix=16,
-            mtu=1400,
-            own=number,
-            peers=tuple(
-                Peer(capsule=k, mac=f"02:68:70:00:00:{k:02x}", address=f"10.90.0.{10 + k}", underlay=UNDERLAY, vni=vni)
-                for k, vni in enumerate(vnis)
-            ),
-            uplink="up0" if uplink else "",
-            uplink_address="169.254.96.2" if uplink else "",
-            uplink_prefix=30 if uplink else 0,
-            uplink_gateway="169.254.96.1" if uplink else "",
-            outside_source="169.254.95.1" if uplink else "",
-        )
+    wanted = Network(
+        device="hpc0",
+        mac=f"02:68:70:00:00:{number:02x}",
+        address=f"10.90.0.{10 + number}",
+        prefix=16,
+        mtu=1400,
+        own=number,
+        peers=tuple(
+            Peer(capsule=k, mac=f"02:68:70:00:00:{k:02x}", address=f"10.90.0.{10 + k}", underlay=UNDERLAY, vni=vni)
+            for k, vni in enumerate(vnis)
+        ),
+        uplink="up0" if uplink else "",
+        uplink_address="169.254.96.2" if uplink else "",
+        uplink_prefix=30 if uplink else 0,
+        uplink_gateway="169.254.96.1" if uplink else "",
+        outside_source="169.254.95.1" if uplink else "",
     )
+    namespace = os.open(f"/proc/{one.pid}/ns/net", os.O_RDONLY)
+    try:
+        with netlink.inside(namespace) as route:
+            interface.configure(route, wanted)
+    finally:
+        os.close(namespace)
+    reply = one.ask(wanted)
     assert isinstance(reply, NetworkReady), reply
 
 

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -643,7 +644,8 @@ WAITING = """
 @case
 def what_waits_goes_on_waiting(home: Path) -> None:
     """Calls that the kernel goes on with by itself after a stop, which end with EINTR in CRIU's images: poll, sleeps, a
-    futex with a limit. After a restart, and after another one. The poll waits for what was left of its limit."""
+    futex with a limit. Where the job runs on, after a restart, and after another one. The poll waits for what was left
+    of its limit."""
     images: dict[int, InitDumped] = {}
     named = {"poll": "7", "endless": "7", "sleep": "35", "clock": "230", "futex": "202"}
 
@@ -659,6 +661,10 @@ def what_waits_goes_on_waiting(home: Path) -> None:
         with capsule() as one:
             one.script(WAITING)
             one.read_until(b"ready\n")
+            one.checkpoint(second)
+            *found, (left,) = told(one, "look")
+            assert found == [{}, named, [True, True]] and 0 < left < limit, (found, left)
+            limit = left
             images[first], _ = one.checkpoint(first, kill=True)
         for source, target in ((first, second), (second, None)):
             with capsule() as two:
@@ -672,6 +678,103 @@ def what_waits_goes_on_waiting(home: Path) -> None:
                     images[target], _ = two.checkpoint(target, kill=True)
                 else:
                     assert told(two, "end")[0] == {"poll": [1, 0], "endless": [1, 0], "futex": [0, 0]}
+
+
+WAITERS = """
+    import ctypes, json, os, signal, struct, sys, time
+    libc = ctypes.CDLL(None, use_errno=True)
+    pipes = {name: os.pipe() for name in ("poll", "endless", "told")}
+    said, saying = os.pipe()
+    polled = {name: ctypes.create_string_buffer(struct.pack("ihh", pipes[name][0], 1, 0)) for name in pipes}
+    request, left, word = (ctypes.c_long * 2)(100_000, 0), (ctypes.c_long * 2)(), ctypes.c_int(0)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    children = {}
+
+    def waits(name, function):
+        children[name] = pid = os.fork()
+        if pid == 0:
+            libc.prctl(15, f"waits-{name}".encode(), 0, 0, 0)
+            result = function()
+            os.write(saying, json.dumps([name, result, ctypes.get_errno()]).encode() + b"\\n")
+            os._exit(0)
+
+    waits("poll", lambda: libc.poll(polled["poll"], 1, 100_000_000))
+    waits("endless", lambda: libc.poll(polled["endless"], 1, -1))
+    waits("told", lambda: libc.poll(polled["told"], 1, -1))
+    waits("sleep", lambda: libc.syscall(35, ctypes.byref(request), ctypes.byref(left)))
+    waits("short", lambda: libc.syscall(35, ctypes.byref(request), 0))
+    waits("clock", lambda: libc.syscall(230, 1, 0, ctypes.byref(request), ctypes.byref(left)))
+    waits("futex", lambda: libc.syscall(202, ctypes.byref(word), 0, 0, ctypes.byref(request), 0, 0))
+
+    def calls():
+        found = {}
+        for name, pid in children.items():
+            with open(f"/proc/{pid}/syscall") as file:
+                found[name] = file.read().split()
+        return found
+
+    while sorted(words[0] for words in calls().values()) != ["202", "230", "35", "35", "7", "7", "7"]:
+        time.sleep(0.01)
+    print("ready", flush=True)
+    os.set_blocking(said, False)
+    for line in sys.stdin:
+        if line == "end\\n":
+            for name in ("poll", "endless"):
+                os.write(pipes[name][1], b"x")
+                os.waitpid(children.pop(name), 0)
+        try:
+            ended = os.read(said, 4096).decode().splitlines()
+        except BlockingIOError:
+            ended = []
+        found = calls() if line != "end\\n" else {}
+        print(json.dumps([ended, {name: words[0] for name, words in found.items()},
+                          int(found["poll"][3], 16) if found else 0]), flush=True)
+"""
+
+
+@case
+def what_waits_goes_on_waiting_where_the_job_runs_on(home: Path) -> None:
+    """The same calls, each in the first thread of a process, after dumps that let the job run on, and after one that is
+    given up when CRIU is done. Whom a signal has reached meanwhile its call ends for, as ever."""
+    named = {"poll": "7", "endless": "7", "told": "7", "sleep": "35", "short": "35", "clock": "230", "futex": "202"}
+
+    def told(one: capsule_init_checks.Capsule, line: str) -> list[Any]:
+        one.write(f"{line}\n".encode())
+        answer = one.read_until(b"\n")
+        assert answer.startswith(b"[["), answer + one.read_rest()
+        found: list[Any] = json.loads(answer)
+        return found
+
+    with spool() as directory, capsule() as one:
+        one.script(WAITERS)
+        one.read_until(b"ready\n")
+        limit = 100_000_000
+        for number in range(3):
+            if number < 2:
+                one.checkpoint(directory)
+            else:
+                assert isinstance(one.prepare(directory), Prepared)
+                assert isinstance(one.ask(Freeze()), Frozen)
+                one.drain()
+                assert isinstance(one.ask(Dump()), InitDumped)
+                assert isinstance(one.ask(Abort(reason="test")), Aborted)
+            ended, waiting, left = told(one, "look")
+            assert ended == [] and waiting == named, (number, ended, waiting)
+            assert 0 < left < limit, (left, limit)
+            limit = left
+        assert isinstance(one.prepare(directory), Prepared)
+        assert isinstance(one.ask(Freeze()), Frozen)
+        one.drain()
+        os.kill(process_called("waits-told"), signal.SIGUSR1)
+        assert isinstance(one.ask(Dump()), InitDumped)
+        assert isinstance(one.ask(Release(kill=False)), Released)
+        assert told(one, "end")[0] == ['["told", -1, 4]', '["poll", 1, 0]', '["endless", 1, 0]']
+
+
+def process_called(name: str) -> int:
+    """The one whose first thread has set that name."""
+    (found,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/comm") if path.read_text().strip() == name)
+    return found
 
 
 HUGE = """

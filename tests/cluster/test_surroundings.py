@@ -89,7 +89,8 @@ def steps(job: Job) -> int:
 
 
 def test_a_job_in_a_terminal_that_asks_slurm(jobs: Jobs, workloads: Workloads) -> None:
-    """In `script`, on a pseudo-terminal, it calls squeue and scontrol between its steps."""
+    """In `script`, on a pseudo-terminal, it calls squeue and scontrol between its steps. `script` takes a poll(2) that
+    is interrupted for the end of its program."""
     dice = random.Random(workloads.seed)
     job = jobs.submit(
         "script --quiet --return --flush --command 'stty rows 33 cols 77; sh steps.sh' typescript",
@@ -100,6 +101,8 @@ def test_a_job_in_a_terminal_that_asks_slurm(jobs: Jobs, workloads: Workloads) -
     for _ in range(rounds(1, 10)):
         step = min(50, steps(job) + dice.randrange(1, 8))
         wait_for(f"step {step}", lambda step=step: steps(job) >= step)  # type: ignore[misc]
+        for _ in range(3):
+            job.hpccr_ok("checkpoint")
         job.requeue()
     job.open_gate()
     job.wait_success()

@@ -16,6 +16,7 @@ from pathlib import Path
 import boot
 import cgroups
 import network
+from enter import compile_sources
 from init import HPCCRD_MODULE, HPCCRD_SOCKET
 from paths import CHECKOUT, CTL, DISKS, HERE, RUN, Instance, TestbedError, say
 from rootfs import ensure_rootfs
@@ -50,6 +51,7 @@ def up(instance: Instance, count: int) -> None:
         raise TestbedError(f"cannot make {count} nodes", f"1 to {network.MAX_NODES} are possible")
     check_machine()
     layers = ensure_rootfs()
+    compile_sources(layers)
     nodes = [CTL, *(f"node{i}" for i in range(1, count + 1))]
     with locked(instance):
         _destroy(instance)

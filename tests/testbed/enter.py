@@ -97,13 +97,20 @@ def run_in_node(instance: Instance, node: str, user: str, command: list[str]) ->
     return _wait_passing_signals(child)
 
 
-def run_in_chroot(layers: list[Path], user: str, command: list[str]) -> int:
-    """Run `command` in a fresh copy of the root file system: /src read-only, no network but loopback, nothing kept."""
+def compile_sources(layers: list[Path]) -> None:
+    """The nodes see the checkout read-only, so each process would compile anew what it imports of hpccr: leave Python's
+    own cache beside the sources, as an installation has it."""
+    run_in_chroot(layers, "root", ["python", "-m", "compileall", "-q", "/src/hpccr"], writable=True)
+
+
+def run_in_chroot(layers: list[Path], user: str, command: list[str], *, writable: bool = False) -> int:
+    """Run `command` in a fresh copy of the root file system: no network but loopback, nothing kept; writable: /src is
+    not read-only."""
 
     def inside() -> int:
         os.setsid()
         _loopback_up()
-        root = _scratch_root(layers)
+        root = _scratch_root(layers, writable)
         accounts = boot.Accounts(root)
         environment = _environment(accounts, user) | _TOOLS_WRITE_ELSEWHERE
         os.chroot(root)
@@ -172,9 +179,9 @@ def _wait_passing_signals(child: int) -> int:
     return wait_status(child)
 
 
-def _scratch_root(layers: list[Path]) -> Path:
+def _scratch_root(layers: list[Path], writable: bool) -> Path:
     root = mount_scratch_root(layers)
-    bind(CHECKOUT, root / "src", read_only=True)
+    bind(CHECKOUT, root / "src", read_only=not writable)
     mount("proc", root / "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     mount("sysfs", root / "sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     boot.make_devices(root / "dev")

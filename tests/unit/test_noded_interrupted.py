@@ -122,6 +122,23 @@ def test_polls_with_a_limit_are_known(line: str, arguments: tuple[int, int, int]
     assert interrupted.polled([line] if line else []) == arguments
 
 
+@pytest.mark.parametrize(
+    ("line", "whether"),
+    [
+        ("7 0x7ffe9543fe88 0x1 0xffffffff 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", True),
+        ("35 0x7ffe9543fe88 0x0 0x0 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", True),
+        ("202 0x7ffe9543fe88 0x80 0x2 0x7ffe9543fe30 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", True),
+        ("202 0x7ffe9543fe88 0x80 0x2 0x0 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", False),  # the kernel makes it again
+        ("232 0x3 0x7ffe9543fe88 0x10 0x3e8 0x0 0x0 0x7ffe9543fe30 0x7f950d3bb3a7", False),
+        ("-1 0x7ffe9543fe30 0x7f950d3bb3a7", False),
+        ("running", False),
+        ("", False),
+    ],
+)
+def test_calls_that_are_made_again_are_known(line: str, whether: bool) -> None:
+    assert interrupted.repeated([line] if line else []) is whether
+
+
 def test_when_a_thread_last_ran() -> None:
     facts = [
         "head (5798, #threads: 1)",
