@@ -150,9 +150,10 @@ def repeated(call: list[str]) -> bool:
 
 
 def _expects_signal(thread: int) -> bool:
+    """Whether a signal waits for it that it has a handler for, and so ends the call."""
     facts = dict(line.split(":", 1) for line in lines(f"/proc/{thread}/status") if line.startswith(("Sig", "Shd")))
-    pending, shared, blocked = (int(facts.get(name, "0"), 16) for name in ("SigPnd", "ShdPnd", "SigBlk"))
-    return bool((pending | shared) & ~blocked)
+    pending, shared, blocked, caught = (int(facts.get(f, "0"), 16) for f in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt"))
+    return bool((pending | shared) & ~blocked & caught)
 
 
 def mend(criu: int, threads: Iterable[int], polls: Mapping[int, Poll], stopped: float) -> None:

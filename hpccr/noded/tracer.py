@@ -10,7 +10,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import ClassVar
 
 from hpccr.errors import HpccrError
@@ -46,8 +46,13 @@ class Tracer:
         self._own = self._get()
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         self._buffer = (self._own.sp - _UNUSED) & ~15
-        self._instruction = self._find()
-        self._held: list[int] = []
+        try:
+            self._instruction = self._find()
+        except BaseException:
+            os.close(self._memory)
+            raise
+        self.held: list[int] = []
+        """Signals that came meanwhile."""
 
     def registers(self, task: int) -> Registers:
         """A stopped thread's. Raises OSError as ptrace(2) does for CRIU, HpccrError when CRIU has ended."""
@@ -60,12 +65,9 @@ class Tracer:
         self._call(_SETREGS, task)
 
     def close(self) -> None:
-        """It goes on as it was, and gets the signals that came meanwhile."""
+        """It will go on as it was."""
         os.close(self._memory)
         self._set(self._own)
-        syscalls.ptrace(_DETACH, self._pid)
-        for number in self._held:
-            os.kill(self._pid, number)
 
     def _call(self, request: int, task: int) -> None:
         registers = Registers.from_buffer_copy(self._own)
@@ -74,7 +76,7 @@ class Tracer:
         self._set(registers)
         syscalls.ptrace(_SINGLESTEP, self._pid)
         while (stop := _stopped(self._pid)) != signal.SIGTRAP:
-            self._held.append(stop & 0xFF)
+            self.held.append(stop & 0xFF)
             syscalls.ptrace(_SINGLESTEP, self._pid)
         result = self._get().ax
         if result > 1 << 63:
@@ -105,14 +107,22 @@ def borrowed(pid: int) -> Iterator[Tracer]:
     """CRIU, a child of this process that waits for an answer, is stopped in this block. Raises OSError, HpccrError when
     it has ended, which is for others to wait for."""
     syscalls.ptrace(_SEIZE, pid)
-    syscalls.ptrace(_INTERRUPT, pid)
-    while (stop := _stopped(pid)) >> 8 != _EVENT_STOP:
-        syscalls.ptrace(_CONT, pid, stop & 0xFF)  # a signal that came first
-    tracer = Tracer(pid)
+    held: list[int] = []
     try:
-        yield tracer
+        syscalls.ptrace(_INTERRUPT, pid)
+        while (stop := _stopped(pid)) >> 8 != _EVENT_STOP:
+            syscalls.ptrace(_CONT, pid, stop & 0xFF)  # a signal that came first
+        tracer = Tracer(pid)
+        held = tracer.held
+        try:
+            yield tracer
+        finally:
+            tracer.close()
     finally:
-        tracer.close()
+        with suppress(ProcessLookupError):  # it has ended
+            syscalls.ptrace(_DETACH, pid)
+            for number in held:
+                os.kill(pid, number)
 
 
 def _stopped(pid: int) -> int:

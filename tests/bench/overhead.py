@@ -20,8 +20,11 @@ MPIRUN = "mpirun.openmpi --mca mpi_yield_when_idle 0 --map-by ppr:{each}:node -n
 CHOICE = "--mca pml ob1 --mca smsc ^cma,knem,xpmem"
 CHOICES = (("", "as the site has it"), (f" {CHOICE}", "with hpccr's choice of transports"))
 PINGPONG = "python3 /src/tests/bench/pingpong.py"
-STEPS = 2000
-MELT = f"lmp -in {SOURCES}/melt.in -var size 16 -var steps {STEPS} -var every 500 -log none"
+STEPS = 300
+MELT = f"lmp -in {SOURCES}/melt.in -var size 20 -var steps {STEPS} -var every 100 -log none"
+"""32000 atoms, as in LAMMPS's own benchmark of this system."""
+RUNS = 3
+"""Of LAMMPS in a job, of which the fastest counts: what else the machine does only ever makes one slower."""
 
 
 def measure(cluster: Cluster, repetitions: int) -> None:
@@ -35,7 +38,7 @@ def measure(cluster: Cluster, repetitions: int) -> None:
                 inside, outside = ([row[side][at] for row in found] for side in (0, 1))
                 print(f"{name}, {where}, outside {what}: {ratio(inside, outside)}", flush=True)
     for choice, what in CHOICES:
-        found = pairs(cluster, repetitions, 2, choice, MELT, loop_time)
+        found = pairs(cluster, repetitions, 2, choice, MELT, loop_time, RUNS)
         inside, outside = ([row[side][0] for row in found] for side in (0, 1))
         print(f"LAMMPS, loop time, two ranks on two nodes, outside {what}: {ratio(inside, outside)}", flush=True)
 
@@ -44,11 +47,22 @@ Result = tuple[float, ...]
 
 
 def pairs(
-    cluster: Cluster, repetitions: int, nodes: int, choice: str, program: str, read: Callable[[str], Result]
+    cluster: Cluster,
+    repetitions: int,
+    nodes: int,
+    choice: str,
+    program: str,
+    read: Callable[[str], Result],
+    runs: int = 1,
 ) -> list[tuple[Result, Result]]:
-    """What `read` makes of the output of a run inside and one outside, in turns; `choice` is the outer one's alone."""
+    """What `read` makes of the output of a job inside and one outside, in turns; `choice` is the outer one's alone.
+    runs: of the program, one after the other."""
     mpirun = MPIRUN.format(each=2 // nodes)
-    commands = {False: f"{mpirun} {program}", True: f"{mpirun}{choice} {program}"}
+    turns = " ".join(map(str, range(runs)))
+    commands = {
+        plain: f"sh -c 'for turn in {turns}; do {mpirun}{choice if plain else ''} {program}; done'"
+        for plain in (False, True)
+    }
     found = []
     for number in range(repetitions):
         both: dict[bool, Result] = {}
@@ -70,5 +84,6 @@ def pingpong(said: str) -> Result:
 
 
 def loop_time(said: str) -> Result:
-    (seconds,) = re.findall(r"^Loop time of (\S+) on", said, re.MULTILINE)
-    return (float(seconds),)
+    found = re.findall(r"^Loop time of (\S+) on", said, re.MULTILINE)
+    assert len(found) == RUNS, said
+    return (min(map(float, found)),)
