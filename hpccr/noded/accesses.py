@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hpccr.errors import CorruptError, UnsupportedError
-from hpccr.noded.scan import DELETED, GONE, Named, Tree, named
+from hpccr.noded.scan import DELETED, GONE, Named, Tree
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def collect(whole: Tree) -> list[Access]:
         elif regular and status.st_nlink and (key := (status.st_dev, status.st_ino, flags)) not in nameless:
             nameless[key] = replace(access, handle=os.open(one.link, os.O_PATH | os.O_CLOEXEC))
 
-    for one in named(whole):
+    for one in whole.named():
         if not one.flags & os.O_PATH:
             note(one)
     for task in whole.tasks:

@@ -111,7 +111,7 @@ class Saving:
         return (*self._identities.values(), *map(_nameless_identity, self._nameless))
 
     def _look(self, tree: scan.Tree) -> None:
-        seen, places = tuple(scan.named(tree)), self._capsule.places
+        seen, places = tree.named(), self._capsule.places
         self._files = scan.open_files(seen, places)
         self._nameless = scan.nameless_files(seen, places)
         self._read = scan.read_files(seen, places, (file.path for file in self._files))

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from hpccr.errors import UnsupportedError
 from hpccr.noded import devices, scan, syscalls
-from hpccr.noded.scan import DELETED, GONE, Task, Tree, below, lines
+from hpccr.noded.scan import DELETED, GONE, Task, Tree, below
 
 _CARRIED_LINKS = frozenset(
     f"anon_inode:{name}" for name in ("[eventfd]", "[eventpoll]", "[timerfd]", "[signalfd]", "inotify", "[pidfd]")
@@ -66,7 +66,7 @@ def check_open(whole: Tree, private: Iterable[str]) -> None:
             for fd, link in whole.links(task):
                 with suppress(*GONE):
                     _check_descriptor(task, fd, link, places)
-            _check_maps(task)
+            _check_maps(task, whole.maps(task))
         except GONE:
             continue
 
@@ -133,8 +133,8 @@ def _check_device(task: Task, fd: str, link: str) -> None:
         raise UnsupportedError(f"process {task} has {found.what} open", hint=found.hint)
 
 
-def _check_maps(task: Task) -> None:
-    for line in lines(f"/proc/{task.pid}/maps"):
+def _check_maps(task: Task, maps: Iterable[str]) -> None:
+    for line in maps:
         if "[uverbs" in line or "[rdma" in line:
             raise UnsupportedError(f"process {task} has an RDMA device mapped", hint=devices.RDMA_HINT)
         if " /dev/" in line and (found := devices.known(line.split(None, 5)[5])) is not None:
@@ -157,7 +157,7 @@ def check_traced(whole: Tree) -> None:
 
 def check_ghosts(whole: Tree, limit: int) -> None:
     """No file that has no name any more takes more than `limit` bytes. Raises UnsupportedError naming one."""
-    for one, status in scan.ghosts(scan.named(whole)):
+    for one, status in scan.ghosts(whole.named()):
         if status.st_blocks * 512 > limit:
             raise UnsupportedError(
                 f"process {one.task} has {one.name.removesuffix(DELETED)} open, a file without a name any more, with "

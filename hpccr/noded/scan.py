@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blake3 import blake3
 
@@ -56,6 +56,33 @@ class Tree:
     stopped: bool = False
     """No task runs, so that all keep what they have open."""
     _links: dict[int, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
+    _maps: dict[int, list[str]] = field(default_factory=dict, repr=False)
+    _named: list[Named] | None = field(default=None, repr=False)
+
+    def maps(self, task: Task) -> list[str]:
+        """The lines of /proc/PID/maps; of stopped tasks as they were at the first call, but for what others do to the
+        names in them."""
+        found = self._maps.get(task.pid)
+        if found is None:
+            found = lines(f"/proc/{task.pid}/maps")
+            if self.stopped:
+                self._maps[task.pid] = found
+        return found
+
+    def named(self) -> list[Named]:
+        """What the tasks have open or mapped and what has a name. Of stopped tasks only the names are looked at again
+        in further calls, and not those of programs and libraries, which are most of them."""
+        if self._named is not None:
+            return [again for one in self._named if (again := _renamed(one)) is not None]
+        found = list(_named(self))
+        if self.stopped:
+            programs = {one.name for one in found if one.program}
+            self._named = [
+                one
+                for one in found
+                if one.name not in programs or one.flags & os.O_ACCMODE or one.name.endswith(DELETED)
+            ]
+        return found
 
     def links(self, task: Task) -> list[tuple[str, str]]:
         """Each descriptor of a task, and what /proc says it leads to. Of stopped tasks only what has a name is looked
@@ -280,18 +307,25 @@ class Named:
     """Mapped to be executed."""
 
 
-def named(whole: Tree) -> Iterator[Named]:
-    """All of them. /proc/PID/fdinfo is read of these only: it takes long, and most descriptors have no name."""
+def _named(whole: Tree) -> Iterator[Named]:
+    """/proc/PID/fdinfo is read of these only: it takes long, and most descriptors have no name."""
     for task in whole.tasks:
         for fd, name in whole.links(task):
             if name.startswith("/"):
                 flags, leased = _descriptor(task.pid, fd)
                 if flags >= 0:
                     yield Named(task, f"/proc/{task.pid}/fd/{fd}", name, flags, int(fd) if leased else -1)
-        for address, permissions, name in mappings(task.pid):
-            flags = os.O_RDWR if permissions[1] == "w" and permissions[3] == "s" else os.O_RDONLY
-            link = f"/proc/{task.pid}/map_files/{address}"
-            yield Named(task, link, name, flags, program=permissions[2] == "x")
+        for one in mappings(whole.maps(task)):
+            flags = os.O_RDWR if one.written else os.O_RDONLY
+            yield Named(task, f"/proc/{task.pid}/map_files/{one.address}", one.path, flags, program=one.program)
+
+
+def _renamed(one: Named) -> Named | None:
+    try:
+        name = os.readlink(one.link)
+    except GONE:
+        return None
+    return one if name == one.name else replace(one, name=name)
 
 
 def _descriptor(pid: int, fd: str) -> tuple[int, bool]:
@@ -430,13 +464,35 @@ def nameless_files(seen: Iterable[Named], private: Iterable[str]) -> tuple[Namel
     return tuple(found[key] for key in sorted(found))
 
 
-def mappings(pid: int) -> Iterator[tuple[str, str, str]]:
-    """(address range as in map_files, permissions, path) of the file mappings of a process."""
-    for line in lines(f"/proc/{pid}/maps"):
+@dataclass
+class Mapping:
+    """A file that a process has mapped, perhaps several times."""
+
+    address: str
+    """Of one of the mappings, as in map_files."""
+    path: str
+    written: bool = False
+    """Whether what is written to one of the mappings goes to the file."""
+    program: bool = False
+    """Whether one of them is executed."""
+
+
+def mappings(maps: Iterable[str]) -> list[Mapping]:
+    """The files in the lines of a /proc file maps, each once."""
+    found: dict[tuple[str, str, str], Mapping] = {}
+    for line in maps:
         words = line.split(None, 5)
-        if len(words) == 6 and words[5].startswith("/") and words[4] != "0":
-            start, _, end = words[0].partition("-")
-            yield f"{int(start, 16):x}-{int(end, 16):x}", words[1], words[5]
+        if len(words) < 6 or not words[5].startswith("/") or words[4] == "0":
+            continue
+        address, permissions, _, device, inode, path = words
+        mapping = found.get((path, device, inode))
+        if mapping is None:
+            start, _, end = address.partition("-")
+            mapping = Mapping(f"{int(start, 16):x}-{int(end, 16):x}", path)
+            found[path, device, inode] = mapping
+        mapping.written |= permissions[1] == "w" and permissions[3] == "s"
+        mapping.program |= permissions[2] == "x"
+    return list(found.values())
 
 
 def below(path: str, places: Iterable[str]) -> bool:

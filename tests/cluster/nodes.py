@@ -246,7 +246,7 @@ class Cluster:
         """From now on every restore reads the store."""
         for node in self.nodes:
             for path in self.kept(node):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # hpccrd may be at it as well
 
     # --- troubles -----------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def own_tree() -> scan.Tree:
 
 
 def own_files() -> list[scan.Named]:
-    return list(scan.named(own_tree()))
+    return own_tree().named()
 
 
 def test_a_task_is_read_as_the_kernel_tells_it() -> None:
@@ -134,8 +134,9 @@ def test_files_that_are_only_read_are_found_but_no_programs(tmp_path: Path, monk
         files = [stack.enter_context((tmp_path / name).open("rb")) for name in names]
         stack.enter_context((tmp_path / "written").open("ab"))
         program = mmap.mmap(files[3].fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
-        programs = [mapping for mapping in scan.mappings(os.getpid()) if mapping[1][2] == "x"]
-        monkeypatch.setattr(scan, "mappings", lambda pid: programs)  # only root can look at what is mapped
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        programs = [line for line in maps if line.split()[1][2] == "x"]
+        monkeypatch.setattr(scan.Tree, "maps", lambda tree, task: programs)  # only root can look at what is mapped
         seen = own_files()
         written = [file.path for file in scan.open_files(seen, [])]
         found = scan.read_files(seen, [str(tmp_path / "private")], written)
@@ -164,6 +165,42 @@ def test_of_stopped_tasks_only_names_are_looked_at_again(tmp_path: Path) -> None
         os.close(writing)
         assert before[str(reading)] == after[str(reading)] != now.get(str(reading))
         assert (before[str(file.fileno())], after[str(file.fileno())]) == (file.name, str(tmp_path / "moved"))
+
+
+def test_files_that_are_mapped_are_found_once_each() -> None:
+    maps = """\
+55d4c0a00000-55d4c0a02000 r--p 00000000 fe:00 1201 /usr/bin/cat
+55d4c0a02000-55d4c0a07000 r-xp 00002000 fe:00 1201 /usr/bin/cat
+55d4c0b00000-55d4c0b21000 rw-p 00000000 00:00 0 [heap]
+00400000-00401000 r--p 00000000 fe:00 77 /data/with a name (deleted)
+00401000-00402000 rw-s 00001000 fe:00 77 /data/with a name (deleted)
+00402000-00403000 r--p 00000000 fe:00 78 /data/with a name (deleted)
+7f0000000000-7f0000001000 rw-p 00000000 fe:00 79 /data/private
+7f0000001000-7f0000002000 rw-p 00000000 00:00 0
+""".splitlines()
+    assert scan.mappings(maps) == [
+        scan.Mapping("55d4c0a00000-55d4c0a02000", "/usr/bin/cat", program=True),
+        scan.Mapping("400000-401000", "/data/with a name (deleted)", written=True),
+        scan.Mapping("402000-403000", "/data/with a name (deleted)"),
+        scan.Mapping("7f0000000000-7f0000001000", "/data/private"),
+    ]
+
+
+def test_of_stopped_tasks_programs_are_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[1][2] == "x"]
+    monkeypatch.setattr(scan.Tree, "maps", lambda tree, task: maps)  # only root can look at what else is mapped
+    tree = replace(own_tree(), stopped=True)
+    renamed, removed = tmp_path / "renamed", tmp_path / "removed"
+    with renamed.open("wb"), removed.open("wb"):
+        before = tree.named()
+        renamed.rename(tmp_path / "moved")
+        removed.unlink()
+        after = tree.named()
+    programs = {one.name for one in before if one.program}
+    assert os.path.realpath(sys.executable) in programs
+    now = {str(renamed): str(tmp_path / "moved"), str(removed): f"{removed} (deleted)"}
+    assert [one.name for one in after] == [now.get(o.name, o.name) for o in before if o.name not in programs]
+    assert {str(tmp_path / "moved"), f"{removed} (deleted)"} <= {one.name for one in after}
 
 
 def test_one_writer_without_append_makes_the_file_not_append_only(tmp_path: Path) -> None:
