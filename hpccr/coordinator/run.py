@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +106,7 @@ class Coordinator:
         self._started = record.started if record else time.time()
         self._io = ThreadPoolExecutor(1, "events")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._over = False
         self._checkpoints = Checkpoints(
             step=step, site=site, keep=config.store.keep, left=self._finish_requeued, warn=self._loud
         )
@@ -186,6 +187,11 @@ class Coordinator:
             raise
         finally:
             await server.close()
+            # A signal may have come at the very end: nobody is left who could do anything about it.
+            self._over = True
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             self._io.submit(self._remove_endpoint)
             await asyncio.to_thread(self._io.shutdown)
         return code
@@ -563,7 +569,10 @@ class Coordinator:
     def _terminate(self, *, own: bool = True) -> None:
         self._spawn(self._departure.signalled(own=own))
 
-    def _spawn(self, job: Any) -> None:
+    def _spawn(self, job: Coroutine[Any, Any, None]) -> None:
+        if self._over:
+            job.close()
+            return
         task = asyncio.get_running_loop().create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._forget)

@@ -97,6 +97,7 @@ class Checkpoint:
         tree = self._tree()
         refusals.check_namespaces(tree)
         refusals.check_traced(tree)
+        refusals.check_sessions(tree)
         refusals.check_open(tree, self._capsule.places)
         refusals.check_ghosts(tree, self._request.ghost_limit)
         scan.check_whole(tree, self._capsule.identity.uid)

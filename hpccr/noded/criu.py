@@ -40,6 +40,7 @@ GROWING = "processes or threads are started faster than CRIU can stop them"
 
 _MAX_PACKET = 64 << 10
 _CONSEQUENCE = re.compile(r"\d+ exited|(?:Restoring|Dumping) FAILED|rlimit")
+_GONE = re.compile(r"No such (?:process|file or directory)")
 _GROWING = re.compile(r"Collected \(-1 attempts, [1-9]\d* in_progress\)")
 _ERROR_LINE = re.compile(r"^\([^)]*\)\s*(?:\d+:\s*)?(Error \(.*)$")
 
@@ -300,12 +301,15 @@ def errors(text: str) -> list[str]:
     """The lines of a CRIU log that report an error, without time and pid; what is only a consequence, as that a task
     exited, if there is nothing else. Names of the job's files are in them: no control character is left.
 
-    When CRIU has looked for new tasks as often as it does (seize.c, collect_loop), it says so among what is no error,
-    and the errors, if there are any, are of tasks that ended meanwhile."""
-    if _GROWING.search(text):
-        return [GROWING]
+    When CRIU has looked for new tasks as often as it does (seize.c, collect_loop), it says so among what is no error.
+    Then the cause is that they are too many, unless there are errors that are not of tasks that ended meanwhile."""
     found = [match[1] for line in text.splitlines() if (match := _ERROR_LINE.match(line))]
     causes = [line for line in found if not _CONSEQUENCE.search(line)]
+    if _GROWING.search(text):
+        # It has met each of them in each of its attempts.
+        causes = [*dict.fromkeys(line for line in causes if not _GONE.search(line))]
+        if not causes:
+            return [GROWING]
     return [printable(line, len(line)) for line in causes or found]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from hpccr.errors import UnsupportedError
@@ -143,6 +143,45 @@ def _check_maps(task: Task, maps: Iterable[str]) -> None:
             raise UnsupportedError(
                 f"process {task} has an io_uring mapped", hint=_REFUSED_LINKS["anon_inode:[io_uring]"][1]
             )
+
+
+def check_sessions(whole: Tree) -> None:
+    """Every task can get its session back. Raises UnsupportedError naming one that cannot."""
+    sessions: dict[int, int] = {}
+    for task in whole.tasks:
+        with suppress(*GONE):
+            sessions[task.pid] = os.getsid(task.pid)
+    if (lost := without_leader(whole, sessions)) is not None:
+        raise UnsupportedError(
+            f"process {lost} is in a session whose leader has ended, and its parent is in another one",
+            hint="let the process that has called setsid(2) live, or its children be the job's own (no subreaper)",
+        )
+
+
+def without_leader(whole: Tree, sessions: Mapping[int, int]) -> Task | None:
+    """A task that CRIU would dump, but not restore. sessions: by pid; tasks that are not in it count as in order.
+
+    A task is restored in the session in which its parent was when it forked it, which CRIU looks for among its
+    ancestors (criu/pstree.c, prepare_pstree_ids). Where the leader has ended it makes one, but only for children of the
+    root, which is where orphans come to.
+    """
+    parents = {task.pid: task.parent for task in whole.tasks if task.pid in sessions}
+    for pid, parent in [*parents.items()]:
+        session = sessions[pid]
+        if parent == whole.root and session not in (pid, sessions[whole.root]):
+            parents[pid] = session
+            parents.setdefault(session, whole.root)
+    born: dict[int, int] = {}
+    for task in whole.tasks:
+        session = sessions.get(task.pid, task.pid)
+        ancestor = parents.get(task.pid, session)
+        if task.pid in (whole.root, session) or sessions.get(ancestor) == session:
+            continue
+        while ancestor != session:
+            if ancestor not in parents or born.setdefault(ancestor, session) != session:
+                return task
+            ancestor = parents[ancestor]
+    return None
 
 
 def check_traced(whole: Tree) -> None:

@@ -23,12 +23,14 @@ def test_consequences_where_there_is_no_cause() -> None:
     assert errors(consequences) == ["Error (criu/cr-restore.c:2320): Restoring FAILED."]
 
 
-def test_tasks_that_are_started_too_fast_are_the_cause_whatever_else_criu_complains_of() -> None:
+def test_tasks_that_are_started_too_fast_are_the_cause_unless_criu_complains_of_one_that_is_there() -> None:
     given_up = "(00.000600) Collected (-1 attempts, 1349 in_progress)\n"
     limits = LOG.splitlines(keepends=True)[1]
     assert errors(limits + given_up + "(00.000700) Error (criu/cr-dump.c:1975): Dumping FAILED.\n") == [GROWING]
     ended = "(00.000500) Error (criu/util.c:412): Can't open 397772: No such file or directory\n"
     assert errors(ended + given_up) == [GROWING]
+    trap = "Error (compel/src/lib/infect.c:323): Can't dump the 304 thread with a pending SIGTRAP."
+    assert errors(6 * f"(00.000500) {trap}\n" + ended + given_up) == [trap]
     for last in ("(-1 attempts, 0 in_progress)", "(3 attempts, 0 in_progress)", "(3 attempts, -1 in_progress)"):
         assert errors(f"{LOG}(00.000600) Collected {last}\n") == errors(LOG)
 

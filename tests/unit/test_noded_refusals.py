@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,63 @@ def refused(words: str) -> None:
     with pytest.raises(UnsupportedError, match=words) as caught:
         refusals.check_open(own_tree(), [])
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("processes", "lost"),
+    [
+        # pid: (parent, session); 301 is the root.
+        ({301: (1, 301), 302: (301, 301), 303: (302, 303), 304: (303, 303)}, None),
+        ({301: (1, 301), 310: (301, 305), 311: (310, 305), 312: (301, 305)}, None),  # a daemon: 305 has ended
+        ({301: (1, 301), 303: (301, 303), 304: (303, 301)}, None),  # forked before its parent's setsid()
+        ({301: (1, 301), 310: (301, 305), 311: (310, 301)}, None),  # the same of an orphan
+        ({301: (1, 301), 302: (301, 301), 311: (302, 309)}, 311),  # 302 has taken it in
+        ({301: (1, 301), 302: (301, 302), 303: (302, 303), 304: (303, 302), 305: (303, 301)}, 305),
+        ({301: (1, 301), 302: (301, 301), 303: (302, 0)}, 303),
+    ],
+)
+def test_tasks_whose_session_criu_could_not_make_again(processes: dict[int, tuple[int, int]], lost: int | None) -> None:
+    own = scan.read_task(os.getpid())
+    assert own is not None
+    tree = scan.Tree(301, [replace(own, pid=pid, parent=parent) for pid, (parent, _) in processes.items()])
+    found = refusals.without_leader(tree, {pid: session for pid, (_, session) in processes.items()})
+    assert (found.pid if found else None) == lost
+    # One that has ended meanwhile is nobody's affair.
+    assert refusals.without_leader(tree, {301: 301}) is None
+
+
+def test_an_orphan_in_a_session_of_its_own_is_refused_by_name() -> None:
+    """A subreaper below the root takes in a process whose session leader has ended."""
+    script = """
+import ctypes, os, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+reading, writing = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.write(writing, b"x")
+    time.sleep(60)
+os.wait()
+os.read(reading, 1)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        relatives = os.getpid(), process.pid
+        family = [task for task in scan.processes() if task.pid in relatives or task.parent == process.pid]
+        tree = scan.Tree(os.getpid(), family)
+        try:
+            with pytest.raises(UnsupportedError, match=r"\(python\S*\) is in a session whose leader has ended"):
+                refusals.check_sessions(tree)
+        finally:
+            for task in tree.tasks:
+                if task.parent == process.pid:
+                    os.kill(task.pid, signal.SIGKILL)
+            process.kill()
 
 
 def test_an_io_uring_is_refused_by_name() -> None:
