@@ -51,8 +51,8 @@ def test_lammps_under_open_mpi(jobs: Jobs, workloads: Workloads) -> None:
 
 def test_random_messages_under_mpich(jobs: Jobs, workloads: Workloads) -> None:
     """Requeued by Slurm's own command: what is done in time is done on SIGTERM."""
-    command = workloads.pairs(rounds(300, 2000))
-    job = jobs.submit(workloads.pairs(rounds(300, 2000), pause=PAUSE))
+    command = workloads.pairs(rounds(220, 2000))
+    job = jobs.submit(workloads.pairs(rounds(220, 2000), pause=PAUSE))
     under_way(job)
     job.requeue("scontrol")
     # Slurm may send its SIGTERM more than once; there is one final checkpoint.
@@ -63,8 +63,8 @@ def test_random_messages_under_mpich(jobs: Jobs, workloads: Workloads) -> None:
 
 
 def test_mpi4py_restored_twice_in_a_row(jobs: Jobs, workloads: Workloads) -> None:
-    command = workloads.stencil(rounds(1500, 6000))
-    job = jobs.submit(workloads.stencil(rounds(1500, 6000), rate=RATE))
+    command = workloads.stencil(rounds(900, 6000))
+    job = jobs.submit(workloads.stencil(rounds(900, 6000), rate=RATE))
     under_way(job)
     first = job.slurm().nodes
     second = job.requeue("hpccr")
@@ -78,7 +78,7 @@ def test_mpi4py_restored_twice_in_a_row(jobs: Jobs, workloads: Workloads) -> Non
 
 def test_two_users_on_the_same_nodes(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     first, second = cluster.nodes[:2], cluster.nodes[2:4]
-    messages, steps = rounds(300, 1500), rounds(1500, 5000)
+    messages, steps = rounds(220, 1500), rounds(900, 5000)
     twins = {"user1": workloads.pairs(messages), "user2": workloads.stencil(steps)}
     cluster.drain(*second)
     made = [
@@ -162,8 +162,8 @@ def test_one_node(jobs: Jobs, workloads: Workloads, how: str) -> None:
 
 def test_lost_before_any_checkpoint(jobs: Jobs, workloads: Workloads) -> None:
     """Requeued by Slurm before hpccr has anything: the final checkpoint is the first."""
-    command = workloads.pairs(rounds(300, 2000))
-    job = jobs.submit(workloads.pairs(rounds(300, 2000), pause=PAUSE))
+    command = workloads.pairs(rounds(220, 2000))
+    job = jobs.submit(workloads.pairs(rounds(220, 2000), pause=PAUSE))
     job.wait_event("started")
     job.requeue("scontrol", avoid=False)
     job.wait_success()

@@ -81,10 +81,10 @@ def test_work_queue(jobs: Jobs, workloads: Workloads, library: Callable[[str], s
     """Rounds of unlike work; every message counted by both ends, in Python by the preloaded library."""
     out = library("openmpi")
     if language == "c":
-        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 2000 -t 12 -p 30000"
+        command = f"{MPIRUN} {NICE} {out}/montecarlo -r 1400 -t 12 -p 30000"
     else:
         preload = f"-x LD_PRELOAD={out}/libhpccr_mpi.so"
-        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 2200 --tasks 12 --points 20000"
+        command = f"{MPIRUN} {preload} {NICE} {PYTHON} {EXAMPLES}/montecarlo.py --rounds 1500 --tasks 12 --points 20000"
     job = jobs.submit(command, environment={**PATIENT, "HPCCR_QUIESCE_MODE": "require"})
     job.wait_output("round 3 ")  # before the first safe point nobody takes part
     job.hpccr_ok("checkpoint", "--no-wait")
@@ -165,7 +165,7 @@ def test_no_time_for_ranks_that_do_not_come(jobs: Jobs) -> None:
 
 def test_ranks_that_do_not_come(jobs: Jobs, workloads: Workloads) -> None:
     """One rank calls no safe point for a while: prefer, require and off, and then it does again."""
-    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py late --steps 800 --log log"
+    command = f"{MPIRUN} {NICE} {PYTHON} {SOURCES}/points.py late --steps 600 --log log"
     job = jobs.submit(command, environment=IMPATIENT)
     job.wait_output("late\n")
     job.hpccr_ok("checkpoint")
@@ -185,7 +185,7 @@ def test_ranks_that_do_not_come(jobs: Jobs, workloads: Workloads) -> None:
     assert [event["ranks"] for event in job.events("quiesced")] == [4]
     job.wait_success()
     said = job.said().splitlines(keepends=True)
-    twin = [f"step {step}\n" for step in range(1, 801)]
+    twin = [f"step {step}\n" for step in range(1, 601)]
     assert [line for line in said if line.startswith("step")] == twin
 
 

@@ -11,7 +11,7 @@ from waiting import soak
 
 ENDLESS = 1_000_000_000
 """Steps of a job that runs until it is cancelled."""
-RATE = 100
+RATE = 50
 """Steps per second of such a job, which has to be there and not to be quick."""
 SOURCES = "/src/tests/cluster/programs"
 ENOUGH = "enough"
