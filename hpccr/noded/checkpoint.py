@@ -50,11 +50,12 @@ FREEZE_SHARE = 2 / 3
 """Of checkpoint.freeze_timeout: what CRIU has to stop all tasks. The rest is for what comes then."""
 
 PASSING = re.compile(
-    r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b"
+    r"In-flight connection|Name resolved on unconnected socket|Unknown state [23]\b|in-flight socket"
     r"|netlink: The socket has data to read"
 )
-"""Errors of CRIU's sk-inet.c for TCP connections that are neither closed nor established, and of its sk-netlink.c for a
-question to the kernel (mpirun's for the network interfaces) whose answer is not read yet: a matter of milliseconds."""
+"""Errors of CRIU's sk-inet.c and sk-unix.c for connections that are neither closed nor established or not accepted yet,
+and of its sk-netlink.c for a question to the kernel (mpirun's for the network interfaces) whose answer is not read yet:
+a matter of milliseconds."""
 
 _TCP_REPAIR = 19
 _TCP_REPAIR_OFF = 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hpccr.errors import ExitCode
 from hpccr.model import FILES_DATA, FileRules
 from hpccr.noded import ahead
 from hpccr.noded.control import InitDumped
@@ -23,6 +24,7 @@ from hpccr.wire.messages import (
     Abort,
     Aborted,
     Dump,
+    Failed,
     Freeze,
     Frozen,
     Prepared,
@@ -779,6 +781,44 @@ def process_called(name: str) -> int:
     """The one whose first thread has set that name."""
     (found,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/comm") if path.read_text().strip() == name)
     return found
+
+
+IN_FLIGHT = """
+    import socket, sys
+    server, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    server.bind("/tmp/in-flight")
+    server.listen()
+    client.connect("/tmp/in-flight")
+    client.sendall(b"hello")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line == "accept\\n":
+            peer, _ = server.accept()
+        print(peer.recv(5).decode(), flush=True)
+        client.sendall(b"again")
+"""
+
+
+@case
+def a_connection_that_is_not_accepted_yet_is_a_matter_of_the_moment(home: Path) -> None:
+    """CRIU cannot dump what was written to it before. That is told as what another try helps against."""
+    with spool() as directory:
+        with capsule() as one:
+            one.script(IN_FLIGHT)
+            one.read_until(b"ready\n")
+            assert isinstance(one.prepare(directory), Prepared)
+            assert isinstance(one.ask(Freeze()), Frozen)
+            one.drain()
+            reply = one.ask(Dump())
+            assert isinstance(reply, Failed) and reply.code == ExitCode.LOCKED, reply
+            assert isinstance(one.ask(Abort(reason="test")), Aborted)
+            one.write(b"accept\n")
+            one.read_until(b"hello\n")
+            dumped, _ = one.checkpoint(directory, kill=True)
+        with capsule() as two:
+            two.restart(directory, dumped)
+            two.write(b"more\n")
+            two.read_until(b"again\n")
 
 
 HUGE = """
