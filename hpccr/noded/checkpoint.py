@@ -98,10 +98,10 @@ class Checkpoint:
         tree = self._tree()
         refusals.check_namespaces(tree)
         refusals.check_traced(tree)
-        refusals.check_sessions(tree)
         refusals.check_open(tree, self._capsule.places)
         refusals.check_ghosts(tree, self._request.ghost_limit)
         scan.check_whole(tree, self._capsule.identity.uid)
+        refusals.check_sessions(tree)
         private.check(self._capsule, self._request.private_limit)
         services.check(tree)
         if self._request.outside == "refuse":
