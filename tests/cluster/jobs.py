@@ -225,6 +225,18 @@ class Job:
         self.hpccr_ok("requeue")
         self.wait_state("PENDING")
 
+    def forget_images(self) -> None:
+        """What its last checkpoint leaves in the spools goes as soon as it is there, which may be after Slurm has the
+        job in its queue again: the restore reads the store."""
+        last = self.events("released")[-1]
+        end = f"-{last['sequence']:06d}"
+
+        def kept() -> bool:
+            return all(any(path.name.endswith(end) for path in self.cluster.kept(node)) for node in last["nodes"])
+
+        wait_for(f"the images {end} to be kept", kept)
+        self.cluster.forget_images()
+
     def release(self) -> None:
         self.cluster.resume()
 

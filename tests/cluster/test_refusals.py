@@ -236,7 +236,7 @@ def test_the_older_checkpoint_is_used(jobs: Jobs, workloads: Workloads, foreign:
     damage = damage_by(jobs, workloads, foreign=foreign)
     job.checkpoint()
     job.requeue_and_hold()
-    job.cluster.forget_images()
+    job.forget_images()
     damage(job.step() / "ckpt-000002")
     job.release()
     assert job.wait_event("restored")["sequence"] == 1
@@ -250,7 +250,7 @@ def test_no_older_checkpoint(jobs: Jobs, workloads: Workloads, foreign: bool) ->
     job = start(jobs, workloads)
     damage = damage_by(jobs, workloads, foreign=foreign)
     job.requeue_and_hold()
-    job.cluster.forget_images()
+    job.forget_images()
     damage(job.step() / "ckpt-000001")
     job.release()
     ended = job.wait_over()

@@ -149,7 +149,7 @@ echo "all done"
 
 def test_checkpoints_while_steps_come_and_go(jobs: Jobs) -> None:
     """Whatever a step is doing at the moment, starting, ending, or between two: it prints each line once."""
-    steps = rounds(4, 60)
+    steps = rounds(10, 60)
     body = f"export HPCCR_MPI\n{COME_AND_GO.format(steps=steps)}"
     job = jobs.sbatch(body, ["--checkpoint=requeue"], nodes=2, tasks=4)
     job.wait_event("started")

@@ -141,7 +141,7 @@ def test_what_was_found_damaged_is_not_built_upon(jobs: Jobs, cluster: Cluster, 
     job = start(jobs, workloads)
     job.checkpoint()
     job.requeue_and_hold()
-    cluster.forget_images()
+    job.forget_images()
     damaged = job.step() / "ckpt-000002"
     packs = [path for path in (damaged / "capsule-1").glob("*.pack") if path.stat().st_nlink == 1]
     flip(max(packs, key=lambda path: path.stat().st_size))

@@ -212,7 +212,8 @@ def eventfd_and_epoll() -> Callable[[], object]:
 
 def remains(left: float, begun: float) -> str | None:
     expected = LONG - (time.monotonic() - begun)
-    return None if abs(left - expected) < 2 else f"{left} s left of {expected}"
+    # The clock goes on while CRIU dumps, and timers do not: on a busy machine for most of a second each time.
+    return None if abs(left - expected) < 5 else f"{left} s left of {expected}"
 
 
 @resource
