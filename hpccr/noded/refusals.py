@@ -5,13 +5,15 @@ CRIU refuses most of it too, but only in the middle of a dump, and not in the us
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from hpccr.errors import UnsupportedError
-from hpccr.noded import devices, scan, syscalls
+from hpccr.noded import devices, scan, syscalls, watches
 from hpccr.noded.scan import DELETED, GONE, Task, Tree, below
 
 _CARRIED_LINKS = frozenset(
@@ -32,6 +34,11 @@ _PROTOCOLS = frozenset(
     "TCP TCPv6 UDP UDPv6 UDP-Lite UDPLITEv6 RAW RAWv6 PING PINGv6 UNIX UNIX-STREAM NETLINK PACKET".split()  # noqa: SIM905
 )
 """Those that CRIU knows (criu/sk-inet.c, can_dump_ipproto), by their names in the kernel."""
+_UDP = frozenset({"UDP", "UDPv6", "UDP-Lite", "UDPLITEv6"})
+_UDP_CORK = 1
+"""Of linux/udp.h."""
+_OF_THREAD = os.O_EXCL
+"""PIDFD_THREAD of linux/pidfd.h, among the flags of the file."""
 _MQUEUE = 0x19800202
 """MQUEUE_MAGIC of the kernel's ipc/mqueue.c."""
 _NAMESPACES = ("pid", "mnt", "net", "user", "uts", "cgroup")
@@ -82,6 +89,13 @@ def _check_descriptor(task: Task, fd: str, link: str, places: Iterable[str]) -> 
     if link.startswith("anon_inode:") and link not in _CARRIED_LINKS:
         what, hint = _REFUSED_LINKS.get(link, (f"a {link.removeprefix('anon_inode:').strip('[]')}", _CLOSE))
         raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
+    if link == "anon_inode:[pidfd]" and _flags(task, fd) & _OF_THREAD:
+        raise UnsupportedError(f"process {task} has a pidfd of a thread open (descriptor {fd})", hint=_CLOSE)
+    if link == "anon_inode:inotify" and (what := watches.lost(scan.lines(f"/proc/{task.pid}/fdinfo/{fd}"))):
+        raise UnsupportedError(
+            f"process {task} watches {what} by inotify (descriptor {fd})",
+            hint="let the program remove the watch before the checkpoint, or keep what it watches in /tmp, with a name",
+        )
     if link.startswith("socket:"):
         _check_socket(task, fd)
     if link.startswith("/dev/"):
@@ -120,6 +134,33 @@ def _check_socket(task: Task, fd: str) -> None:
     if protocol not in _PROTOCOLS:
         hint = "GODEBUG=multipathtcp=0 for programs written in Go" if protocol == "MPTCP" else _CLOSE
         raise UnsupportedError(f"process {task} has a socket of the protocol {protocol} open", hint=hint)
+    if protocol in _UDP and _corked(task, fd):
+        raise UnsupportedError(
+            f"process {task} has a UDP socket with UDP_CORK set (descriptor {fd})",
+            hint="let the program send what it holds back (UDP_CORK 0) before the checkpoint, or send without it",
+        )
+
+
+def _corked(task: Task, fd: str) -> bool:
+    # Only its owner and who has a copy can ask: for these microseconds its port stays in use.
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(task.pid)
+        try:
+            with socket.socket(fileno=syscalls.pidfd_getfd(pidfd, int(fd))) as copy:
+                return bool(copy.getsockopt(copy.proto, _UDP_CORK))
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOTSOCK):
+                raise
+        finally:
+            os.close(pidfd)
+    return False
+
+
+def _flags(task: Task, fd: str) -> int:
+    for line in scan.lines(f"/proc/{task.pid}/fdinfo/{fd}"):
+        if line.startswith("flags:"):
+            return int(line.split()[1], 8)
+    return 0
 
 
 def _check_device(task: Task, fd: str, link: str) -> None:

@@ -17,6 +17,7 @@ import time
 
 from hpccr.errors import HpccrError
 from hpccr.noded import syscalls
+from hpccr.noded.tracer import Registers
 
 SUPPORTED = platform.machine() == "x86_64"
 
@@ -26,18 +27,6 @@ _SYS_PRCTL, _SYS_FUTEX = 157, 202
 _PR_SET_CHILD_SUBREAPER = 36
 _SYSCALL_INSTRUCTION = b"\x0f\x05"
 _WALL = 0x40000000
-
-
-class _Registers(ctypes.Structure):
-    """struct user_regs_struct (sys/user.h)."""
-
-    _fields_ = [
-        (name, ctypes.c_ulonglong)
-        for name in (
-            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
-            *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
-        )
-    ]
 
 
 async def make(pid: int) -> None:
@@ -71,30 +60,30 @@ async def _until_waiting(pid: int) -> None:
 
 
 def _call(pid: int, number: int, first: int, second: int) -> None:
-    before = _Registers()
+    before = Registers()
     syscalls.ptrace_get_registers(pid, before)
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        memory.seek(before.rip - len(_SYSCALL_INSTRUCTION))
+        memory.seek(before.ip - len(_SYSCALL_INSTRUCTION))
         inside = memory.read(len(_SYSCALL_INSTRUCTION)) == _SYSCALL_INSTRUCTION
-    if not inside or ctypes.c_longlong(before.orig_rax).value < 0:
+    if not inside or ctypes.c_longlong(before.orig_ax).value < 0:
         raise HpccrError(f"the restored root {pid} does not wait in a system call")
-    during = _Registers.from_buffer_copy(before)
-    during.rip -= len(_SYSCALL_INSTRUCTION)
-    during.rax, during.rdi, during.rsi = number, first, second
-    during.rdx = during.r10 = during.r8 = 0
-    during.orig_rax = ctypes.c_ulonglong(-1).value  # not inside a call that the kernel would restart
+    during = Registers.from_buffer_copy(before)
+    during.ip -= len(_SYSCALL_INSTRUCTION)
+    during.ax, during.di, during.si = number, first, second
+    during.dx = during.r10 = during.r8 = 0
+    during.orig_ax = ctypes.c_ulonglong(-1).value  # not inside a call that the kernel would restart
     syscalls.ptrace_set_registers(pid, during)
     syscalls.ptrace_step(pid)
     _wait(pid)
-    after = _Registers()
+    after = Registers()
     syscalls.ptrace_get_registers(pid, after)
     # The call it was in starts anew, with the arguments still in its registers.
-    again = _Registers.from_buffer_copy(before)
-    again.rip -= len(_SYSCALL_INSTRUCTION)
-    again.rax = before.orig_rax
-    again.orig_rax = ctypes.c_ulonglong(-1).value
+    again = Registers.from_buffer_copy(before)
+    again.ip -= len(_SYSCALL_INSTRUCTION)
+    again.ax = before.orig_ax
+    again.orig_ax = ctypes.c_ulonglong(-1).value
     syscalls.ptrace_set_registers(pid, again)
-    result = ctypes.c_longlong(after.rax).value
+    result = ctypes.c_longlong(after.ax).value
     if result < 0:
         raise OSError(-result, os.strerror(-result))
 

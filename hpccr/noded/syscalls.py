@@ -80,15 +80,15 @@ def openat2(path: bytes, flags: int, *, resolve: int) -> int:
     )
 
 
+def open_by_handle_at(mount: int, kind: int, handle: bytes, flags: int) -> int:
+    """A descriptor of the file with that handle (struct file_handle) on the file system that `mount` lies on."""
+    what = struct.pack("Ii", len(handle), kind) + handle
+    return _check(_libc.open_by_handle_at(mount, what, flags), "open_by_handle_at", mount)
+
+
 def prctl(option: int, *arguments: int) -> int:
     padded = (*arguments, *(0,) * (4 - len(arguments)))
     return _check(_libc.prctl(option, *(ctypes.c_ulong(a) for a in padded)), "prctl", option)
-
-
-def ptrace(request: int, pid: int, data: ctypes.Structure | int = 0) -> None:
-    """data: what the request fills or reads, or a number. Not for requests that answer by what they return."""
-    last = ctypes.byref(data) if isinstance(data, ctypes.Structure) else ctypes.c_void_p(data)
-    _check(_libc.ptrace(ctypes.c_long(request), ctypes.c_long(pid), None, last), "ptrace", hex(request), "of", pid)
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
@@ -166,7 +166,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd", fd)
 
 
-_PTRACE_STEP, _PTRACE_GETREGS, _PTRACE_SETREGS, _PTRACE_DETACH = 9, 12, 13, 17
+_PTRACE_CONT, _PTRACE_STEP, _PTRACE_GETREGS, _PTRACE_SETREGS, _PTRACE_DETACH = 7, 9, 12, 13, 17
 _PTRACE_SEIZE, _PTRACE_INTERRUPT = 0x4206, 0x4207
 
 
@@ -185,6 +185,11 @@ def ptrace_interrupt(pid: int) -> None:
 def ptrace_step(pid: int) -> None:
     """Let a stopped tracee execute one instruction, system calls included."""
     _ptrace(_PTRACE_STEP, pid)
+
+
+def ptrace_continue(pid: int, signal: int) -> None:
+    """Let a stopped tracee go on with a signal that it was stopped for."""
+    _ptrace(_PTRACE_CONT, pid, ctypes.c_void_p(signal))
 
 
 def ptrace_detach(pid: int) -> None:

@@ -16,7 +16,8 @@ from typing import ClassVar
 from hpccr.errors import HpccrError
 from hpccr.noded import syscalls
 
-_GETREGS, _SETREGS, _SINGLESTEP, _CONT, _DETACH, _SEIZE, _INTERRUPT = 12, 13, 9, 7, 17, 0x4206, 0x4207
+_GETREGS, _SETREGS = 12, 13
+"""Requests of ptrace(2), for CRIU to make."""
 _EVENT_STOP = 128
 _SYS_PTRACE = 101
 _INSTRUCTION = b"\x0f\x05"
@@ -74,10 +75,10 @@ class Tracer:
         registers.ax, registers.orig_ax, registers.ip = _SYS_PTRACE, -1, self._instruction
         registers.di, registers.si, registers.dx, registers.r10 = request, task, 0, self._buffer
         self._set(registers)
-        syscalls.ptrace(_SINGLESTEP, self._pid)
+        syscalls.ptrace_step(self._pid)
         while (stop := _stopped(self._pid)) != signal.SIGTRAP:
             self.held.append(stop & 0xFF)
-            syscalls.ptrace(_SINGLESTEP, self._pid)
+            syscalls.ptrace_step(self._pid)
         result = self._get().ax
         if result > 1 << 63:
             number = (1 << 64) - result
@@ -95,23 +96,23 @@ class Tracer:
 
     def _get(self) -> Registers:
         registers = Registers()
-        syscalls.ptrace(_GETREGS, self._pid, registers)
+        syscalls.ptrace_get_registers(self._pid, registers)
         return registers
 
     def _set(self, registers: Registers) -> None:
-        syscalls.ptrace(_SETREGS, self._pid, registers)
+        syscalls.ptrace_set_registers(self._pid, registers)
 
 
 @contextmanager
 def borrowed(pid: int) -> Iterator[Tracer]:
     """CRIU, a child of this process that waits for an answer, is stopped in this block. Raises OSError, HpccrError when
     it has ended, which is for others to wait for."""
-    syscalls.ptrace(_SEIZE, pid)
+    syscalls.ptrace_seize(pid)
     held: list[int] = []
     try:
-        syscalls.ptrace(_INTERRUPT, pid)
+        syscalls.ptrace_interrupt(pid)
         while (stop := _stopped(pid)) >> 8 != _EVENT_STOP:
-            syscalls.ptrace(_CONT, pid, stop & 0xFF)  # a signal that came first
+            syscalls.ptrace_continue(pid, stop & 0xFF)  # a signal that came first
         tracer = Tracer(pid)
         held = tracer.held
         try:
@@ -120,7 +121,7 @@ def borrowed(pid: int) -> Iterator[Tracer]:
             tracer.close()
     finally:
         with suppress(ProcessLookupError):  # it has ended
-            syscalls.ptrace(_DETACH, pid)
+            syscalls.ptrace_detach(pid)
             for number in held:
                 os.kill(pid, number)
 

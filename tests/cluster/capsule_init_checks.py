@@ -1526,6 +1526,32 @@ def perf_events_are_refused(home: Path) -> None:
 
 
 @case
+def watches_that_would_not_come_back_are_refused(home: Path) -> None:
+    """One on a directory with a name, in a private place, is carried: programs/world.py."""
+    text = """
+        import ctypes, os
+        libc, path = ctypes.CDLL(None), b"PLACE/watched file"
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        assert libc.inotify_add_watch(libc.inotify_init(), path, 2) == 1
+    """
+    for place in ("/tmp", "/dev/shm"):
+        nameless = text.replace("PLACE", place) + "    os.unlink(path)\n"
+        refused(nameless, "python3", "without a name", "inotify")
+    # The node's root file system is an overlayfs, whose files have no handles.
+    refused(text.replace("PLACE", str(home)), "python3", "overlayfs", "inotify")
+
+
+@case
+def sockets_and_pidfds_that_criu_does_not_know_are_refused(home: Path) -> None:
+    refused(
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(17, 1, 1)",
+        "python3",
+        "UDP_CORK",
+    )
+    refused("import os; fd = os.pidfd_open(os.getpid(), os.O_EXCL)", "python3", "pidfd of a thread")
+
+
+@case
 def nested_namespaces_are_refused(home: Path) -> None:
     refused("import os; os.unshare(os.CLONE_NEWUSER)", "python3", "user namespace", "Apptainer")
     refused("import os; os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)", "python3", "namespace")

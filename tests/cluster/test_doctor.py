@@ -193,7 +193,7 @@ def test_a_drained_node(cluster: Cluster, untouched: None) -> None:
     cluster.drain(node)
     try:
         found = failures(doctor(cluster))
-        assert [where for where, _ in found] == [node] and "resume" in found[0][1]["hint"]
+        assert [where for where, _ in found] == [node] and "resume" in found[0][1]["hint"], found
     finally:
         cluster.resume()
     wait_for("a healthy node", lambda: doctor(cluster, "--nodes", node)["ok"])

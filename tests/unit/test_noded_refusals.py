@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hpccr.errors import UnsupportedError
-from hpccr.noded import refusals, scan
+from hpccr.noded import refusals, scan, watches
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -123,6 +124,48 @@ def test_a_protocol_that_criu_does_not_know_is_named() -> None:
     for family, protocol, name in ((socket.AF_INET, 262, "MPTCP"), (40, 0, "AF_VSOCK")):
         with suppress(OSError), socket.socket(family, socket.SOCK_STREAM, protocol):
             refused(f"protocol {name} open")
+
+
+def test_what_a_corked_socket_holds_back_is_told() -> None:
+    for family, protocol in ((socket.AF_INET, socket.IPPROTO_UDP), (socket.AF_INET6, socket.IPPROTO_UDPLITE)):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM, protocol) as one:
+            refusals.check_open(own_tree(), [])
+            one.setsockopt(protocol, 1, 1)
+            refused(f"UDP_CORK set .descriptor {one.fileno()}")
+
+
+def test_a_pidfd_of_a_thread_is_named() -> None:
+    try:
+        fd = os.pidfd_open(os.getpid(), os.O_EXCL)
+    except OSError as error:
+        assert error.errno == errno.EINVAL  # before Linux 6.9
+        return
+    try:
+        refused(f"pidfd of a thread open .descriptor {fd}")
+    finally:
+        os.close(fd)
+
+
+def test_what_is_watched_is_read_from_the_kernel(tmp_path: Path) -> None:
+    """As fs/notify/fdinfo.c writes it."""
+    fd = LIBC.inotify_init()
+    try:
+        assert LIBC.inotify_add_watch(fd, os.fsencode(tmp_path), 0x100) == 1
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            (watch,) = watches.parse(file)
+        status = tmp_path.stat()
+        assert watch.inode == status.st_ino and len(watch.handle) >= 8
+        # Not st_dev everywhere: btrfs and overlayfs have numbers of their own for it.
+        assert watch.device in [status.st_dev, *_devices()]
+    finally:
+        os.close(fd)
+    (bare,) = watches.parse(["pos:\t0", "inotify wd:1 ino:5 sdev:800003 mask:100 ignored_mask:0 "])
+    assert bare == watches.Watch(os.makedev(8, 3), 5, 0, b"")
+
+
+def _devices() -> list[int]:
+    with open("/proc/self/mountinfo") as file:
+        return [os.makedev(*map(int, line.split()[2].split(":"))) for line in file]
 
 
 def test_a_message_queue_is_named() -> None:
