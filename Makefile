@@ -24,7 +24,7 @@ CHROOT := $(TESTBED) chroot --
 PYTEST := /usr/bin/python3 -m pytest
 PACKAGES := debian-archive-keyring iproute2 mmdebstrap nftables python3 python3-pytest python3-pytest-xdist util-linux
 # Clusters that the cluster tests run on side by side: most of a test's time is spent waiting.
-CLUSTERS ?= 2
+CLUSTERS ?= 3
 # Every cluster of this name, and those that tests made beside it, whether or not they were taken down.
 TAKE_DOWN = for name in $$(ls /run/hpccr-testbed /var/lib/hpccr-testbed 2>/dev/null | sort -u | \
     grep -xE '$(HPCCR_TESTBED)(-[a-z0-9-]+)?'); do HPCCR_TESTBED=$$name $(TESTBED) down; done
