@@ -73,6 +73,8 @@ def check_open(whole: Tree, private: Iterable[str]) -> None:
             for fd, link in whole.links(task):
                 with suppress(*GONE):
                     _check_descriptor(task, fd, link, places)
+                    if link == "anon_inode:inotify":
+                        _check_watches(whole, task, fd)
             _check_maps(task, whole.maps(task))
         except GONE:
             continue
@@ -91,17 +93,23 @@ def _check_descriptor(task: Task, fd: str, link: str, places: Iterable[str]) -> 
         raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
     if link == "anon_inode:[pidfd]" and _flags(task, fd) & _OF_THREAD:
         raise UnsupportedError(f"process {task} has a pidfd of a thread open (descriptor {fd})", hint=_CLOSE)
-    if link == "anon_inode:inotify" and (what := watches.lost(scan.lines(f"/proc/{task.pid}/fdinfo/{fd}"))):
-        raise UnsupportedError(
-            f"process {task} watches {what} by inotify (descriptor {fd})",
-            hint="let the program remove the watch before the checkpoint, or keep what it watches in /tmp, with a name",
-        )
     if link.startswith("socket:"):
         _check_socket(task, fd)
     if link.startswith("/dev/"):
         _check_device(task, fd, link)
     if link.startswith("/") and not below(link, places):
         _check_name(task, fd, link)
+
+
+def _check_watches(whole: Tree, task: Task, fd: str) -> None:
+    def held() -> set[tuple[int, int]]:
+        return {(status.st_dev, status.st_ino) for _, status in scan.ghosts(whole.named())}
+
+    if what := watches.lost(scan.lines(f"/proc/{task.pid}/fdinfo/{fd}"), held):
+        raise UnsupportedError(
+            f"process {task} watches {what} by inotify (descriptor {fd})",
+            hint="let the program remove the watch before the checkpoint, or keep what it watches in /tmp, with a name",
+        )
 
 
 def _check_name(task: Task, fd: str, link: str) -> None:

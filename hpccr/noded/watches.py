@@ -1,15 +1,15 @@
-"""What tasks watch by inotify(7): CRIU dumps a watch on a file whose last name was removed and cannot restore it, and
-gives the dump up where a file system tells of no handle by which its files are found.
+"""What tasks watch by inotify(7), and what of it a restore would not find again.
 
-The kernel tells of a watched file its number and a handle (fs/notify/fdinfo.c), by which it can be looked at without a
-name (open_by_handle_at(2)).
+The kernel tells of a watched file its number and a handle (fs/notify/fdinfo.c), by which CRIU looks for its name, or
+for the copy of it that it makes where a task has it open (criu/fsnotify.c). Where a file system gives no handles, or
+tmpfs no name, it gives up the dump; where nobody has a file without a name, the restore.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from hpccr.noded import jobfiles, scan, syscalls
@@ -17,6 +17,7 @@ from hpccr.noded import jobfiles, scan, syscalls
 _MINOR_BITS = 20
 """Of a device number as the kernel prints it (linux/kdev_t.h)."""
 
+_IN_MEMORY = ("tmpfs", "devtmpfs")
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 """How spaces and the like are written in mountinfo."""
 
@@ -45,32 +46,49 @@ def parse(fdinfo: Iterable[str]) -> Iterator[Watch]:
             )
 
 
-def lost(fdinfo: Iterable[str]) -> str:
+def lost(fdinfo: Iterable[str], held: Callable[[], set[tuple[int, int]]]) -> str:
     """Why one of the watched files would not be found again; "" if all would. Files of other machines are not looked
-    at: their file systems keep one that is open under a name of their own, and may not answer."""
+    at: their file systems keep one that is open under a name of their own, and may not answer.
+
+    held: st_dev and st_ino of the files without a name that tasks have open.
+    """
     watches = [*parse(fdinfo)]
     if not watches:
         return ""
-    mounts = scan.lines("/proc/self/mountinfo")
-    elsewhere = jobfiles.network_devices("\n".join(mounts))
-    places: dict[int, list[bytes]] = {}
-    for line in mounts:
-        words = line.split()
-        major, _, minor = words[2].partition(":")
-        place = _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), os.fsencode(words[4]))
-        places.setdefault(os.makedev(int(major), int(minor)), []).append(place)
+    lines = scan.lines("/proc/self/mountinfo")
+    elsewhere = jobfiles.network_devices("\n".join(lines))
+    mounts = [*map(_mount, lines)]
     for watch in watches:
-        if watch.device not in elsewhere:
-            names = [_names(watch, place) for place in places.get(watch.device, ())]
-            if all(count is None for count in names):
-                return "a file on a file system that cannot find files again, such as overlayfs,"
-            if 0 in names:
-                return "a file without a name any more"
+        if watch.device in elsewhere:
+            continue
+        found = None
+        for mount in mounts:
+            if mount.device == watch.device and (found := _look(watch, mount.place)) is not None:
+                break
+        if found is None:
+            return "a file on a file system that cannot find files again, such as overlayfs,"
+        if not found.st_nlink and (mount.type in _IN_MEMORY or (found.st_dev, found.st_ino) not in held()):
+            return "a file without a name any more"
     return ""
 
 
-def _names(watch: Watch, place: bytes) -> int | None:
-    """How many the watched file has; None where it is not found by this mount point."""
+@dataclass(frozen=True)
+class _Mount:
+    device: int
+    place: bytes
+    type: str
+
+
+def _mount(line: str) -> _Mount:
+    before, _, after = line.partition(" - ")
+    words = before.split()
+    major, _, minor = words[2].partition(":")
+    place = _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), os.fsencode(words[4]))
+    return _Mount(os.makedev(int(major), int(minor)), place, after.split()[0])
+
+
+def _look(watch: Watch, place: bytes) -> os.stat_result | None:
+    """The watched file; None where it is not found by this mount point."""
     try:
         mount = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -85,4 +103,4 @@ def _names(watch: Watch, place: bytes) -> int | None:
         status = os.fstat(fd)
     finally:
         os.close(fd)
-    return status.st_nlink if status.st_ino == watch.inode else None
+    return status if status.st_ino == watch.inode else None

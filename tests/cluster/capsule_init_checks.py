@@ -1525,20 +1525,63 @@ def perf_events_are_refused(home: Path) -> None:
     )
 
 
+@contextlib.contextmanager
+def shared() -> Iterator[Path]:
+    """A directory of the user's on a file system whose files have handles."""
+    path = Path(tempfile.mkdtemp(prefix="check-", dir="/shared"))
+    os.chown(path, USER, USER)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+WATCHING = """
+    import ctypes, os, sys
+    libc, path = ctypes.CDLL(None), b"PLACE/watched file"
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    watching = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(watching, path, 2) == 1
+"""
+
+
 @case
 def watches_that_would_not_come_back_are_refused(home: Path) -> None:
     """One on a directory with a name, in a private place, is carried: programs/world.py."""
-    text = """
-        import ctypes, os
-        libc, path = ctypes.CDLL(None), b"PLACE/watched file"
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        assert libc.inotify_add_watch(libc.inotify_init(), path, 2) == 1
-    """
+    nameless = WATCHING + "    os.unlink(path)\n"
     for place in ("/tmp", "/dev/shm"):
-        nameless = text.replace("PLACE", place) + "    os.unlink(path)\n"
-        refused(nameless, "python3", "without a name", "inotify")
+        refused(nameless.replace("PLACE", place), "python3", "without a name", "inotify")
     # The node's root file system is an overlayfs, whose files have no handles.
-    refused(text.replace("PLACE", str(home)), "python3", "overlayfs", "inotify")
+    refused(WATCHING.replace("PLACE", str(home)), "python3", "overlayfs", "inotify")
+    with shared() as place:
+        path = place / "watched file"
+        path.touch()
+        os.chown(path, USER, USER)
+        with path.open():  # by nobody of the job
+            refused(
+                nameless.replace("PLACE", str(place)) + "    os.close(held)\n", "python3", "without a name", "inotify"
+            )
+
+
+@case
+def watches_on_shared_storage_come_back(home: Path) -> None:
+    """On a file with a name, and on one that a task has open and whose name was removed."""
+    told = """
+    print("ready", flush=True)
+    sys.stdin.readline()
+    os.write(held, b"x")
+    print("told", len(os.read(watching, 4096)))
+    """
+    for removed in ("", "    os.unlink(path)\n"):
+        with shared() as place, spool() as directory:
+            with capsule() as one:
+                one.script(WATCHING.replace("PLACE", str(place)) + removed + told.lstrip("\n"))
+                one.read_until(b"ready\n")
+                image, _ = one.checkpoint(directory, kill=True)
+            with capsule() as again:
+                again.restart(directory, image)
+                again.write(b"x\n")
+                again.read_until(b"told 16\n")
 
 
 @case
