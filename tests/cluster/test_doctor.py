@@ -22,6 +22,12 @@ UNMAPPED = 4242
 UNSUPPORTED = 13
 
 
+@pytest.fixture(autouse=True)
+def responding(cluster: Cluster) -> None:
+    """The test before may have let Slurm have its nodes again: to Slurm they do not respond until it has asked them."""
+    wait_for("nodes that respond", lambda: "*" not in cluster.check("ctl", "sinfo", "-h", "-N", "-o", "%N %T"))
+
+
 def doctor(cluster: Cluster, *arguments: str) -> dict[str, Any]:
     """Its report, asked for by a user on the login node."""
     done = cluster.run("ctl", "hpccr", "doctor", "--json", *arguments, user="user1")
