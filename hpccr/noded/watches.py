@@ -90,7 +90,9 @@ def _mount(line: str) -> _Mount:
 def _look(watch: Watch, place: bytes) -> os.stat_result | None:
     """The watched file; None where it is not found by this mount point."""
     try:
-        mount = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Whoever can rename what lies above a mount point must not lead root elsewhere.
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        mount = syscalls.openat2(place, flags, resolve=syscalls.RESOLVE_NO_SYMLINKS)
     except OSError:
         return None  # another mount lies over it, or it is a single file's
     try:
