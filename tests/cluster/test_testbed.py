@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,21 @@ def selftest() -> Iterator[None]:
 def slurm_state(node: str) -> str:
     rows = json.loads(run("status", "--json").stdout)
     return str(next(row["slurm"] for row in rows if row["node"] == node))
+
+
+def test_instances_come_and_go_beside_each_other() -> None:
+    """What the last one removes is not removed under one that is just being made."""
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cgroups
+for _ in range(300):
+    cgroups.create(sys.argv[2], "node1")
+    cgroups.destroy(sys.argv[2])
+"""
+    names = [f"{INSTANCE}-{number}" for number in range(3)]
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(TESTBED.parent), name]) for name in names]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
 
 
 def test_exec_passes_exit_code_stdin_and_user(selftest: None) -> None:

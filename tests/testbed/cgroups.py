@@ -11,11 +11,11 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from paths import TestbedError
+from paths import TestbedError, common
 
 TOP = "hpccr-testbed"
 
@@ -64,17 +64,21 @@ def hierarchies() -> tuple[Hierarchy, ...]:
 
 def create(instance: str, node: str) -> None:
     """Make the node's groups."""
-    for hierarchy in hierarchies():
-        if not hierarchy.ours:
-            continue
-        group = hierarchy.mountpoint
-        for part in (TOP, instance, node):
-            parent, group = group, group / part
-            group.mkdir(exist_ok=True)
-            for name in ("cpuset.cpus", "cpuset.mems"):
-                # A v1 cpuset starts empty and then takes no process.
-                if not hierarchy.v2 and (group / name).exists():
-                    (group / name).write_text((parent / name).read_text())
+    with common():
+        for hierarchy in hierarchies():
+            if hierarchy.ours:
+                _make(hierarchy, (TOP, instance, node))
+
+
+def _make(hierarchy: Hierarchy, parts: Iterable[str]) -> None:
+    group = hierarchy.mountpoint
+    for part in parts:
+        parent, group = group, group / part
+        group.mkdir(exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            # A v1 cpuset starts empty and then takes no process.
+            if not hierarchy.v2 and (group / name).exists():
+                (group / name).write_text((parent / name).read_text())
 
 
 def join(instance: str, node: str) -> None:
@@ -155,9 +159,10 @@ def destroy(instance: str, node: str = "", within: float = 30.0) -> None:
                 f"cannot remove control groups {', '.join(map(str, trees))}", "is a process left in one?"
             )
         time.sleep(0.002)
-    for hierarchy in hierarchies():
-        with contextlib.suppress(OSError):  # other instances may be there
-            (hierarchy.mountpoint / TOP).rmdir()
+    with common():
+        for hierarchy in hierarchies():
+            with contextlib.suppress(OSError):  # other instances may be there
+                (hierarchy.mountpoint / TOP).rmdir()
 
 
 def _bottom_up(tree: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ import cgroups
 import network
 from enter import compile_sources
 from init import HPCCRD_MODULE, HPCCRD_SOCKET
-from paths import CHECKOUT, CTL, DISKS, HERE, RUN, Instance, TestbedError, say
+from paths import CHECKOUT, CTL, DISKS, HERE, RUN, Instance, TestbedError, common, say
 from rootfs import ensure_rootfs
 from syscalls import spawn, wait_status
 
@@ -57,8 +57,9 @@ def up(instance: Instance, count: int) -> None:
         _destroy(instance)
         keys = [secrets.token_hex(32), secrets.token_hex(32)]
         cluster = boot.Cluster(nodes, [str(layer) for layer in layers], *keys)
-        boot.save_cluster(instance, cluster)
-        instance.shared.mkdir(parents=True, mode=0o755)
+        with common():
+            boot.save_cluster(instance, cluster)
+            instance.shared.mkdir(parents=True, mode=0o755)
         boot.make_homes(instance.shared)
         network.start_switch(instance)
         _boot_all(instance, cluster, nodes)
@@ -135,9 +136,10 @@ def _destroy(instance: Instance) -> None:
     for directory in (instance.run, instance.disks):
         if directory.exists():
             shutil.rmtree(directory)
-    for parent in (RUN, DISKS):
-        with contextlib.suppress(OSError):  # other instances may be there
-            parent.rmdir()
+    with common():
+        for parent in (RUN, DISKS):
+            with contextlib.suppress(OSError):  # other instances may be there
+                parent.rmdir()
 
 
 def _boot_all(instance: Instance, cluster: boot.Cluster, nodes: list[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 CACHE = Path("/var/cache/hpccr-testbed")
+LOCKS = Path("/run/lock")
 RUN = Path("/run/hpccr-testbed")
 DISKS = Path("/var/lib/hpccr-testbed")
 
@@ -44,7 +48,7 @@ class Instance:
 
     @property
     def lock(self) -> Path:
-        return Path("/run/lock") / f"hpccr-testbed-{self.name}"
+        return LOCKS / f"hpccr-testbed-{self.name}"
 
     def disk(self, node: str) -> Path:
         return self.disks / node
@@ -64,3 +68,16 @@ def current_instance() -> Instance:
 def say(text: str) -> None:
     """A line of progress on standard error."""
     os.write(2, f"testbed: {text}\n".encode())
+
+
+@contextlib.contextmanager
+def common() -> Iterator[None]:
+    """In this block nobody else makes or removes the directories that all instances have in common: one that makes its
+    own in them must not see them removed by another, which takes itself for the last."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    fd = os.open(LOCKS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
