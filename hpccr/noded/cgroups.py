@@ -57,14 +57,15 @@ def mounts(mountinfo: str) -> list[Mount]:
                 Mount(
                     v2=kind == "cgroup2",
                     options=frozenset(super_options.split(",")) if kind == "cgroup" else frozenset(),
-                    root=_unescape(fields[3]),
-                    point=_unescape(fields[4]),
+                    root=unescape(fields[3]),
+                    point=unescape(fields[4]),
                 )
             )
     return found
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """A path of mountinfo, in which spaces and the like are written in octal."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 

@@ -91,7 +91,7 @@ def _check_descriptor(task: Task, fd: str, link: str, places: Iterable[str]) -> 
     if link.startswith("anon_inode:") and link not in _CARRIED_LINKS:
         what, hint = _REFUSED_LINKS.get(link, (f"a {link.removeprefix('anon_inode:').strip('[]')}", _CLOSE))
         raise UnsupportedError(f"process {task} has {what} open (descriptor {fd})", hint=hint)
-    if link == "anon_inode:[pidfd]" and _flags(task, fd) & _OF_THREAD:
+    if link == "anon_inode:[pidfd]" and (flags := scan.descriptor(task.pid, fd)[0]) >= 0 and flags & _OF_THREAD:
         raise UnsupportedError(f"process {task} has a pidfd of a thread open (descriptor {fd})", hint=_CLOSE)
     if link.startswith("socket:"):
         _check_socket(task, fd)
@@ -162,13 +162,6 @@ def _corked(task: Task, fd: str) -> bool:
         finally:
             os.close(pidfd)
     return False
-
-
-def _flags(task: Task, fd: str) -> int:
-    for line in scan.lines(f"/proc/{task.pid}/fdinfo/{fd}"):
-        if line.startswith("flags:"):
-            return int(line.split()[1], 8)
-    return 0
 
 
 def _check_device(task: Task, fd: str, link: str) -> None:

@@ -312,7 +312,7 @@ def _named(whole: Tree) -> Iterator[Named]:
     for task in whole.tasks:
         for fd, name in whole.links(task):
             if name.startswith("/"):
-                flags, leased = _descriptor(task.pid, fd)
+                flags, leased = descriptor(task.pid, fd)
                 if flags >= 0:
                     yield Named(task, f"/proc/{task.pid}/fd/{fd}", name, flags, int(fd) if leased else -1)
         for one in mappings(whole.maps(task)):
@@ -328,7 +328,7 @@ def _renamed(one: Named) -> Named | None:
     return one if name == one.name else replace(one, name=name)
 
 
-def _descriptor(pid: int, fd: str) -> tuple[int, bool]:
+def descriptor(pid: int, fd: str) -> tuple[int, bool]:
     """Flags of open(2), -1 where it is gone, and whether there is a lease on it."""
     facts = lines(f"/proc/{pid}/fdinfo/{fd}")
     leased = any(line.startswith("lock:") and " LEASE " in line for line in facts)

@@ -8,18 +8,15 @@ tmpfs no name, it gives up the dump; where nobody has a file without a name, the
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from hpccr.noded import jobfiles, scan, syscalls
+from hpccr.noded import cgroups, jobfiles, scan, syscalls
 
 _MINOR_BITS = 20
 """Of a device number as the kernel prints it (linux/kdev_t.h)."""
 
 _IN_MEMORY = ("tmpfs", "devtmpfs")
-_OCTAL = re.compile(rb"\\([0-7]{3})")
-"""How spaces and the like are written in mountinfo."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def _mount(line: str) -> _Mount:
     before, _, after = line.partition(" - ")
     words = before.split()
     major, _, minor = words[2].partition(":")
-    place = _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), os.fsencode(words[4]))
+    place = os.fsencode(cgroups.unescape(words[4]))
     return _Mount(os.makedev(int(major), int(minor)), place, after.split()[0])
 
 
