@@ -14,7 +14,7 @@ from hpccr.model import FORMAT, CapsuleImage, Fragment
 from hpccr.noded import kept, transferring
 from hpccr.noded.admission import check_directory
 from hpccr.noded.control import Identity
-from hpccr.noded.node import Node
+from hpccr.noded.node import Node, remove, to_its_end
 from hpccr.noded.said import printable
 from hpccr.noded.spool import Directory
 from hpccr.noded.transfer import FetchJob, Finished, FlushJob, Moved
@@ -56,7 +56,7 @@ class Images:
         node, limit = self._node, self._node.config.checkpoint.restore_timeout
         directory = check_directory(request.directory)
         wanted = kept.name(create.key, identity.uid, create.capsule, request.sequence)
-        self._copy = copy = await asyncio.to_thread(node.spool.take, wanted)
+        copy = await to_its_end(self._take(wanted))
         self._fetched = fetched = node.spool.create(f"{self._name}-restore")
         job = FetchJob(
             user=transferring.user(identity),
@@ -70,7 +70,7 @@ class Images:
             capsule=create.capsule,
             capsules=create.capsules,
         )
-        transfer = transferring.Transfer(f"fetch {self._name}", fetched, copy)
+        transfer = transferring.Transfer(f"fetch {self._name}", job, fetched, copy)
         loop = asyncio.get_running_loop()
         most = 0
         try:
@@ -82,7 +82,7 @@ class Images:
                         most = event.done
                         patience.reschedule(loop.time() + limit)
 
-                finished = await transfer.run(job, moved)
+                finished = await transfer.run(moved)
         except TimeoutError:
             raise HpccrError(
                 f"fetching the checkpoint made no progress for {limit:.0f} s",
@@ -96,25 +96,28 @@ class Images:
             await asyncio.to_thread(node.spool.drop, copy.name)  # it is not what it should be
         return finished, fetched
 
+    async def _take(self, name: str) -> Directory | None:
+        self._copy = copy = await asyncio.to_thread(self._node.spool.take, name)
+        return copy
+
     async def drop_fetched(self) -> None:
         """The restore is over, or failed."""
         fetched, self._fetched = self._fetched, None
         copy, self._copy = self._copy, None
-        if fetched is not None:
-            await asyncio.to_thread(fetched.remove)
         if copy is not None:
             copy.release()
+        if fetched is not None:
+            await remove(fetched)
 
     async def release(self, dumping: Dumping) -> None:
         """From now on it can be flushed, and is ours."""
-        await self.supersede()
-        self._released = dumping
+        await self.supersede(dumping)
 
-    async def supersede(self) -> None:
+    async def supersede(self, by: Dumping | None = None) -> None:
         """A released checkpoint that was never flushed is not needed any more."""
-        released, self._released = self._released, None
+        released, self._released = self._released, by
         if released is not None:
-            await asyncio.to_thread(released.directory.remove)
+            await remove(released.directory)
 
     def flush(self, request: m.Flush, create: m.Create, identity: Identity, *, nice: int, last: bool) -> None:
         """Begin to copy what was released to the store. Raises HpccrError.
@@ -168,14 +171,14 @@ class Images:
 
         try:
             async with self._node.turn(job.user.uid):
-                transfer = transferring.Transfer(f"flush {self._name}-{sequence}", released.directory)
-                finished = await transfer.run(job, moved)
+                transfer = transferring.Transfer(f"flush {self._name}-{sequence}", job, released.directory)
+                finished = await transfer.run(moved)
         except Exception as error:
             log.warning("capsule %s: flush of checkpoint %d failed: %s", self._name, sequence, printable(str(error)))
             if self._released is None and not self._ended:
                 self._released = released  # it may be tried again
             else:
-                await asyncio.to_thread(released.directory.remove)
+                await remove(released.directory)
             hint = error.hint if isinstance(error, HpccrError) else "hpccrd's log on the node has the details"
             self._emit(m.FlushFailed(sequence=sequence, message=str(error), hint=hint))
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import fcntl
 import logging
 import os
 import signal
@@ -145,11 +144,13 @@ class Init:
 
     def _lose(self) -> None:
         self._loop.remove_reader(self._socket)
+        self._fail(self._lost())
+        self._end()
+
+    def _fail(self, error: PeerLostError) -> None:
         for future in (self._pending, self._aborting):
             if future is not None and not future.done():
-                future.set_exception(self._lost())
-        if not self._closed:
-            self._end()
+                future.set_exception(error)
 
     def _lost(self) -> PeerLostError:
         return PeerLostError(
@@ -164,6 +165,7 @@ class Init:
         self._closed = True
         self._loop.remove_reader(self._socket)
         self._socket.close()
+        self._fail(PeerLostError("the capsule is being ended"))  # nobody reads answers any more
         ends = [self._process.wait()]
         if self._pidfd >= 0:
             ends.append(self._wait_pidfd())
@@ -183,21 +185,6 @@ class Init:
     async def _wait_pidfd(self) -> int:
         await watch(self._pidfd)
         return 0
-
-
-def memory_file(content: bytes) -> int:
-    """A sealed memfd with that content: nobody who gets it can change it. The caller closes it."""
-    fd = os.memfd_create("hpccr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(fd, view) :]
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _expect[R: Message](answer: control.InitReply, reply: type[R]) -> R:

@@ -20,11 +20,12 @@ from hpccr.noded import addresses, compatible, control, leftovers, lifecycle, ne
 from hpccr.noded.admission import check_command, check_create, check_stdio
 from hpccr.noded.channel import Descriptors
 from hpccr.noded.images import Dumping, Images
-from hpccr.noded.initlink import Init, memory_file
+from hpccr.noded.initlink import Init
 from hpccr.noded.lifecycle import State
 from hpccr.noded.network import Plan
-from hpccr.noded.node import Node, node_hosts
+from hpccr.noded.node import Node, node_hosts, remove
 from hpccr.noded.patience import SHORT, Patience
+from hpccr.noded.spawned import memory_file
 from hpccr.noded.spool import Directory
 from hpccr.noded.transfer import Finished
 from hpccr.wire import messages as m
@@ -76,6 +77,7 @@ class Lease:
         """What Fetch brought, until the restored tasks run; the directory is that of the images."""
         self._dumping: Dumping | None = None
         self._aborted: str | None = None
+        self._giving_up: asyncio.Task[None] | None = None
         self._releasing = False
         self._ending: asyncio.Task[None] | None = None
         self._patience = Patience(node.config.checkpoint, self._give_up_quietly)
@@ -332,7 +334,7 @@ class Lease:
             )
         finally:
             os.close(fd)
-        await asyncio.to_thread(self._node.claim, self.name, prepared.estimate)
+        await self._node.claim(self.name, prepared.estimate)
         return prepared
 
     async def _checkpointing[R: m.Message](
@@ -394,19 +396,34 @@ class Lease:
             await self.abort(reason)
 
     async def _give_up(self, reason: str) -> None:
-        dumping, self._dumping = self._dumping, None
+        """Undo the checkpoint under way, if any. All who want that at once wait for the same; whoever of them is
+        cancelled, it goes on, and end() waits for it."""
+        if self._giving_up is None:
+            self._giving_up = asyncio.create_task(self._undo_checkpoint(reason))
+            self._giving_up.add_done_callback(self._given_up)
+        await asyncio.shield(self._giving_up)
+
+    def _given_up(self, task: asyncio.Task[None]) -> None:
+        self._giving_up = None
+        if not task.cancelled():
+            task.exception()  # perhaps nobody is left to hear of it
+
+    async def _undo_checkpoint(self, reason: str) -> None:
         self._node.claims.pop(self.name, None)
+        dumping = self._dumping
         if dumping is None:
             return
         try:
             await self._the_init.abort(reason, timeout=ABORT_TIMEOUT)
         except HpccrError as error:
-            # Nobody knows what runs in there and what does not.
-            log.error("capsule %s: cannot undo a checkpoint, ending the capsule: %s", self.name, error)
-            self.lost.set()
+            # CRIU may still write into the directory: it goes when the capsule is gone.
+            if self.state is not State.GONE:
+                # Nobody knows what runs in there and what does not.
+                log.error("capsule %s: cannot undo a checkpoint, ending the capsule: %s", self.name, error)
+                self.lost.set()
             raise
-        finally:
-            await asyncio.to_thread(dumping.directory.remove)
+        self._dumping = None
+        await remove(dumping.directory)
         if self.state in (State.PREPARED, State.FROZEN, State.DUMPED):
             self.state = State.RUNNING
 
@@ -455,7 +472,14 @@ class Lease:
         self.state = State.GONE
         self._patience.end()
         self._node.claims.pop(self.name, None)
-        for step in (self._end_init, self._unmake_network, self._images.end, self._drop_dump, self._drop_runtime):
+        for step in (
+            self._end_init,
+            self._settle,
+            self._unmake_network,
+            self._images.end,
+            self._drop_dump,
+            self._drop_runtime,
+        ):
             try:
                 await step()
             except Exception:
@@ -466,6 +490,10 @@ class Lease:
         init, self._init = self._init, None
         if init is not None:
             await init.close()
+
+    async def _settle(self) -> None:
+        if self._giving_up is not None:
+            await asyncio.wait({self._giving_up})
 
     async def _unmake_network(self) -> None:
         if self._making is not None:
@@ -488,9 +516,9 @@ class Lease:
     async def _drop_dump(self) -> None:
         dumping, self._dumping = self._dumping, None
         if dumping is not None:
-            await asyncio.to_thread(dumping.directory.remove)
+            await remove(dumping.directory)
 
     async def _drop_runtime(self) -> None:
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
-            await asyncio.to_thread(runtime.remove)
+            await remove(runtime)

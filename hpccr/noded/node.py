@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpccr.config import Config
 from hpccr.noded.network import Plumber
 from hpccr.noded.seal import SiteKey
-from hpccr.noded.spool import Area, Spool
+from hpccr.noded.spool import Area, Directory, Spool
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +60,34 @@ class Node:
         """What a user's flush holds while its processes run."""
         return self._turns.setdefault(uid, asyncio.Semaphore(MAX_FLUSHES))
 
-    def claim(self, name: str, size: int) -> None:
-        """Let kept images go, the oldest first, as far as lease `name` may need their room for its dump. Blocks."""
+    async def claim(self, name: str, size: int) -> None:
+        """Let kept images go, the oldest first, as far as lease `name` may need their room for its dump."""
         self.claims[name] = size
-        self.spool.make_room(sum(self.claims.values()))
+        await asyncio.to_thread(self.spool.make_room, sum(self.claims.values()))
 
     def choose_vni(self) -> int:
         while (vni := secrets.randbelow((1 << 24) - 1) + 1) in self.vnis:
             pass
         return vni
+
+
+async def to_its_end[T](work: Coroutine[Any, Any, T]) -> T:
+    """Await what must not be left half done: if the caller is cancelled, that takes effect when `work` has ended.
+
+    Requests are cancelled at any moment, when their capsule ends. What waits for a thread may then have lost what the
+    thread brings, and a thread that has not begun never does.
+    """
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+async def remove(directory: Directory) -> None:
+    """Remove it, whoever is cancelled meanwhile."""
+    await to_its_end(asyncio.to_thread(directory.remove))
 
 
 def node_hosts() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
@@ -28,17 +29,18 @@ class Spawned:
         *,
         label: str,
         descriptors: Sequence[int] = (),
+        given: int | None = None,
         talks: bool = False,
         environment: Mapping[str, str] = ENVIRONMENT,
     ) -> None:
-        """talks: stdin and stdout are pipes (`process.stdin`, `process.stdout`); else both are /dev/null."""
+        """given: a descriptor for its stdin, which the caller may close at once; talks: its stdout is a pipe, `output`.
+        Else they are /dev/null."""
         self._label = label
         self._tail: deque[str] = deque(maxlen=TAIL)
-        pipe = subprocess.PIPE if talks else subprocess.DEVNULL
         self.process = subprocess.Popen(
             argv,
-            stdin=pipe,
-            stdout=pipe,
+            stdin=subprocess.DEVNULL if given is None else given,
+            stdout=subprocess.PIPE if talks else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=tuple(descriptors),
             env=environment,
@@ -51,13 +53,6 @@ class Spawned:
         self._ended = watch(self._pidfd)
         self._ended.add_done_callback(lambda _: self.process.poll())
         self._reader = asyncio.create_task(self._log())
-
-    @property
-    def input(self) -> IO[bytes]:
-        """Its stdin; only if it `talks`."""
-        if self.process.stdin is None:
-            raise ValueError("the process has no pipe at its stdin")
-        return self.process.stdin
 
     @property
     def output(self) -> IO[bytes]:
@@ -89,9 +84,8 @@ class Spawned:
             await asyncio.wait_for(self._reader, 1)
         except TimeoutError:
             pass
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         os.close(self._pidfd)
 
     async def _log(self) -> None:
@@ -104,6 +98,22 @@ class Spawned:
             text = line.decode(errors="replace").rstrip()
             self._tail.append(text)
             log.info("%s: %s", self._label, text)
+
+
+def memory_file(content: bytes) -> int:
+    """A sealed memfd with that content, at its beginning: nobody who gets it can change it. The caller closes it."""
+    fd = os.memfd_create("hpccr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def watch(pidfd: int) -> asyncio.Future[None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import stat
@@ -23,6 +24,8 @@ from typing import NamedTuple
 import msgspec
 
 from hpccr.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 RUNTIME = "capsules"
 """The runtime area's place in node.run."""
@@ -57,6 +60,8 @@ class Directory:
         if self.fd >= 0:
             self._empty()
             shutil.rmtree(self.path, ignore_errors=True)
+            if os.path.lexists(self.path):
+                log.warning("%s could not be removed; that is tried again every minute", self.path)
             self.release()
 
     def _empty(self) -> None:

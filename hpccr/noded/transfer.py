@@ -488,8 +488,9 @@ def main() -> int:
     spool, *copies = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(10, *given) + 1) for fd in given)
     for fd in given:
         os.close(fd)
-    with open(0, "rb", closefd=False) as stdin:
+    with open(0, "rb", closefd=False) as stdin, open(os.devnull) as null:
         job: FlushJob | FetchJob = msgspec.msgpack.decode(stdin.read(), type=FlushJob | FetchJob)
+        os.dup2(null.fileno(), 0)  # the site key is in it: for no child to inherit
     if isinstance(job, FlushJob) and job.nice:
         yield_to_the_job(job.nice)
     result = run(job, spool, *copies)

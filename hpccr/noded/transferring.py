@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
-from typing import IO
 
 import msgspec
 
 from hpccr.errors import HpccrError, error_for
 from hpccr.noded.control import Identity
-from hpccr.noded.spawned import ENVIRONMENT, Spawned, read_line, read_pipe
+from hpccr.noded.spawned import ENVIRONMENT, Spawned, memory_file, read_line, read_pipe
 from hpccr.noded.spool import Directory
 from hpccr.noded.storeworker import KEEP_FREED, User
 from hpccr.noded.transfer import Event, FetchJob, Finished, FlushJob, Moved, Refused
@@ -27,23 +27,32 @@ def user(identity: Identity) -> User:
 class Transfer:
     """One transfer process. It holds the locks of its directories too, so it may outlive hpccrd."""
 
-    def __init__(self, label: str, directory: Directory, kept: Directory | None = None) -> None:
+    def __init__(
+        self, label: str, job: FlushJob | FetchJob, directory: Directory, kept: Directory | None = None
+    ) -> None:
         """kept: the capsule's kept image, for a fetch."""
         descriptors = [given.fd for given in (directory, kept) if given is not None]
-        self._spawned = Spawned(
-            [sys.executable, "-I", "-m", "hpccr.noded.transfer", *map(str, descriptors)],
-            label=label,
-            descriptors=descriptors,
-            talks=True,
-            environment={**ENVIRONMENT, **KEEP_FREED},
-        )
-
-    async def run(self, job: FlushJob | FetchJob, moved: Callable[[Moved], None]) -> Finished:
-        """Carry it out. Raises what the transfer was refused for. Cancelling kills a fetch; a flush goes on alone."""
+        self._job = job
+        # It has its job from the first moment: hpccrd may end in the next.
+        text = memory_file(msgspec.msgpack.encode(job))
         try:
-            result = await self._converse(job, moved)
+            self._spawned = Spawned(
+                [sys.executable, "-I", "-m", "hpccr.noded.transfer", *map(str, descriptors)],
+                label=label,
+                descriptors=descriptors,
+                given=text,
+                talks=True,
+                environment={**ENVIRONMENT, **KEEP_FREED},
+            )
+        finally:
+            os.close(text)
+
+    async def run(self, moved: Callable[[Moved], None]) -> Finished:
+        """Until its end. Raises what the transfer was refused for. Cancelling kills a fetch; a flush goes on alone."""
+        try:
+            result = await self._listen(moved)
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) and isinstance(job, FlushJob):
+            if isinstance(error, asyncio.CancelledError) and isinstance(self._job, FlushJob):
                 raise
             self._spawned.kill()
             await asyncio.shield(self._reap())
@@ -55,10 +64,9 @@ class Transfer:
             raise HpccrError(f"the transfer process ended unexpectedly\n{self._spawned.last_words}".rstrip())
         return result
 
-    async def _converse(self, job: FlushJob | FetchJob, moved: Callable[[Moved], None]) -> Event | None:
+    async def _listen(self, moved: Callable[[Moved], None]) -> Event | None:
         result: Event | None = None
         reader = await read_pipe(self._spawned.output.fileno(), limit=MAX_EVENT)
-        await asyncio.to_thread(_give, self._spawned.input, msgspec.msgpack.encode(job))
         while line := await read_line(reader):
             event = msgspec.json.decode(line, type=Event)
             if isinstance(event, Moved):
@@ -70,9 +78,3 @@ class Transfer:
     async def _reap(self) -> None:
         await self._spawned.wait()
         await self._spawned.close()
-
-
-def _give(stream: IO[bytes], data: bytes) -> None:
-    """In a thread: the pipe may be smaller than the job."""
-    with stream:
-        stream.write(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import resource
 import secrets
@@ -401,6 +402,43 @@ async def clean() -> None:
     while left := leftovers():
         assert asyncio.get_running_loop().time() < deadline, left
         await asyncio.sleep(0.05)
+
+
+@case
+async def destroyed_at_any_moment(seed: str, count: str) -> None:
+    """A capsule is destroyed while a checkpoint of it is made, succeeds, fails or is given up: when hpccrd says that it
+    is gone, nothing of it is in the spool (root)."""
+    chance = random.Random(int(seed))
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        for _ in range(int(count)):
+            async with capsule() as made:
+                await running(made)
+                await destroyed_at_a_moment(made, chance)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+async def destroyed_at_a_moment(made: Capsule, chance: random.Random) -> None:
+    moment = asyncio.get_running_loop().time() + chance.uniform(0, 0.3)
+    requests = [m.Prepare(sequence=1, checkpoint=secrets.token_hex(16)), *(request for request, _ in PHASES)]
+    for request in requests:
+        await made.lease.send(request)
+        if chance.random() < 0.3:
+            os.close(made.stdin)  # the job ends while it is looked at
+            made.stdin = os.open("/dev/null", os.O_WRONLY)
+        try:
+            await made.next(deadline=max(0, moment - asyncio.get_running_loop().time()))
+        except TimeoutError:
+            break
+    if chance.random() < 0.5:
+        await made.lease.send(m.Abort(reason="too late"))
+    await made.lease.send(m.Destroy())
+    while not isinstance(await made.next(), m.Destroyed):
+        pass
+    assert not (left := [name for name in os.listdir("/var/spool/hpccr") if not name.startswith("kept-")]), left
 
 
 def leftovers() -> list[str]:

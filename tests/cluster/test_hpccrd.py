@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from nodes import USERS, Cluster
-from waiting import wait_for
+from waiting import rounds, wait_for
 
 PYTHON = "/opt/hpccr/bin/python"
 CHECKS = "/src/tests/cluster/hpccrd_checks.py"
@@ -99,6 +99,11 @@ def test_case_of_root(cluster: Cluster, node: str, case: str) -> None:
 def test_a_lease_that_ends_leaves_nothing(cluster: Cluster, node: str, store: str, state: str) -> None:
     check(cluster, node, "leave", store, state)
     check(cluster, node, "clean", user="root")
+
+
+def test_a_capsule_is_destroyed_at_any_moment_of_a_checkpoint(cluster: Cluster, node: str) -> None:
+    """HPCCR_SEED gives the moments."""
+    check(cluster, node, "destroyed-at-any-moment", os.environ["HPCCR_SEED"], str(rounds(40, 1000)), user="root")
 
 
 def test_stores_that_cannot_be_written(cluster: Cluster, node: str, store: str) -> None:
