@@ -87,6 +87,8 @@ class Criu:
         self._identity = identity
         self._directory = directory
         self._socket: socket.socket | None = None
+        self._word: asyncio.Task[bytes] | None = None
+        """CRIU's next word is waited for, or has come and nobody has taken it yet."""
         self._exited: asyncio.Future[int] | None = None
         self.pid = 0
         self.at = ""
@@ -125,8 +127,7 @@ class Criu:
             self._send(self._rpc.criu_req(type=self._rpc.VERSION))
             data = await self._receive()
         finally:
-            # Also when an abort cancels us: a CRIU that is still there would look like a task of the job.
-            await self._finish()
+            await self._dismiss()
         answer = self._rpc.criu_resp.FromString(data) if data else None
         if answer is None or not answer.success:
             raise HpccrError(f"{self._program} does not tell its version", hint="is it CRIU 4.2 or newer?")
@@ -146,7 +147,7 @@ class Criu:
             self._send(self._rpc.criu_req(type=self._rpc.FEATURE_CHECK, features=features))
             await self._receive()
         finally:
-            await self._finish()
+            await self._dismiss()
 
     async def next(self) -> Notification | Final:
         """The next notification or, when CRIU has exited, the Final."""
@@ -278,16 +279,40 @@ class Criu:
     async def _receive(self) -> bytes:
         if self._socket is None:
             return b""
+        if self._word is None:
+            self._word = asyncio.create_task(self._listen(self._socket))
+        # An abort may cancel whoever waits here at the very moment at which the word comes. It must not be lost: CRIU
+        # waits for the answer to it.
+        word = await asyncio.shield(self._word)
+        self._word = None
+        return word
+
+    @staticmethod
+    async def _listen(sock: socket.socket) -> bytes:
         try:
-            return await asyncio.get_running_loop().sock_recv(self._socket, _MAX_PACKET)
+            return await asyncio.get_running_loop().sock_recv(sock, _MAX_PACKET)
         except ConnectionResetError:
             return b""
 
+    async def _dismiss(self) -> None:
+        """_finish(), at whatever moment an abort cancels us: a CRIU that is still there would look like a task of the
+        job."""
+        try:
+            await self._finish()
+        except asyncio.CancelledError:
+            await self._finish()
+            raise
+
     async def _finish(self, final: Final | None = None) -> Final:
         """CRIU has said its last: close our end and wait for it to exit."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        sock, self._socket = self._socket, None
+        word, self._word = self._word, None
+        if word is not None:
+            word.cancel()
+        if sock is not None:
+            # Not when the cancelled word comes to it: the descriptor's number may be another's by then.
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
         # An abort may cancel whoever waits here, and the future is others' too.
         code = await asyncio.shield(self._exited) if self._exited is not None else 0
         if code == 127:

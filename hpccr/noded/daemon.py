@@ -166,6 +166,7 @@ async def serve(config: Config, key: seal.SiteKey, parent: int | None) -> None:
             task.cancel()
         os.unlink(config.node.socket)
     await service.stop()
+    await node.begin_all()
     if node.flushes:
         log.info("%d flushes go on without hpccrd", len(node.flushes))
     log.info("hpccrd has ended")

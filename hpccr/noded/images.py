@@ -170,8 +170,9 @@ class Images:
                 log.debug("capsule %s: nobody reads how the flush goes", self._name)
 
         try:
-            async with self._node.turn(job.user.uid):
+            async with self._node.turn(job.user.uid) as begun:
                 transfer = transferring.Transfer(f"flush {self._name}-{sequence}", job, released.directory)
+                begun()
                 finished = await transfer.run(moved)
         except Exception as error:
             log.warning("capsule %s: flush of checkpoint %d failed: %s", self._name, sequence, printable(str(error)))

@@ -316,6 +316,8 @@ class Lease:
         directory = self._node.spool.create(f"{whose}-{fresh}")
         self._dumping = Dumping(request.sequence, request.checkpoint, directory)
         await self._images.supersede()
+        room = await asyncio.to_thread(self._node.room, self.name)
+        self._check_wanted()  # if it was given up meanwhile, the directory is gone
         fd = directory.open()
         try:
             prepared = await self._checkpointing(
@@ -323,7 +325,7 @@ class Lease:
                     freeze_timeout=config.freeze_timeout,
                     ghost_limit=config.ghost_limit,
                     outside=config.outside,
-                    room=await asyncio.to_thread(self._node.room, self.name),
+                    room=room,
                     files=request.files,
                     private_limit=self._node.config.capsule.private_limit,
                 ),
@@ -340,12 +342,14 @@ class Lease:
     async def _checkpointing[R: m.Message](
         self, request: m.Message, reply: type[R], timeout: float, descriptors: tuple[int, ...] = ()
     ) -> R:
-        if self._aborted is not None:
-            raise HpccrError(f"the checkpoint was given up: {self._aborted}")
+        self._check_wanted()
         answer = await self._the_init.request(request, reply, timeout=timeout, descriptors=descriptors)
+        self._check_wanted()
+        return answer
+
+    def _check_wanted(self) -> None:
         if self._aborted is not None:
             raise HpccrError(f"the checkpoint was given up: {self._aborted}")
-        return answer
 
     async def _do_dump(self, request: m.Dump) -> m.Dumped:
         dumping = present(self._dumping)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Node:
     criu_ready: asyncio.Event
     """Set when CRIU's own feature cache is there: with a hold on lo and no cache its probe would hang."""
     flushes: set[asyncio.Task[None]] = field(default_factory=set)
+    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+    """One of each flush whose process has not been started yet."""
     endings: set[asyncio.Task[None]] = field(default_factory=set)
     """Capsules being undone: a stop waits for them, whatever became of their connections."""
     vnis: set[int] = field(default_factory=set)
@@ -56,9 +59,30 @@ class Node:
         """Bytes of the spool that lease `name` may write, if kept images go."""
         return max(0, self.spool.room() - self.claimed(name))
 
-    def turn(self, uid: int) -> asyncio.Semaphore:
-        """What a user's flush holds while its processes run."""
-        return self._turns.setdefault(uid, asyncio.Semaphore(MAX_FLUSHES))
+    @contextlib.asynccontextmanager
+    async def turn(self, uid: int) -> AsyncIterator[Callable[[], None]]:
+        """For a user's flush while its processes run; it calls what it is given once they have been started."""
+        waiting = asyncio.get_running_loop().create_future()
+
+        def begun() -> None:
+            self.waiting.discard(waiting)
+            if not waiting.done():
+                waiting.set_result(None)
+
+        self.waiting.add(waiting)
+        try:
+            async with self._turns.setdefault(uid, asyncio.Semaphore(MAX_FLUSHES)):
+                yield begun
+        finally:
+            begun()
+
+    async def begin_all(self) -> None:
+        """Let all flushes begin at once; returns when they have. What has not begun when hpccrd ends is lost."""
+        for turn in self._turns.values():
+            for _ in self.waiting:
+                turn.release()
+        if self.waiting:
+            await asyncio.wait(self.waiting)
 
     async def claim(self, name: str, size: int) -> None:
         """Let kept images go, the oldest first, as far as lease `name` may need their room for its dump."""

@@ -15,8 +15,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from hpccr.agent.lease import Lease
 from hpccr.errors import ExitCode
 from hpccr.model import StepKey
 from hpccr.wire import messages as m
@@ -29,6 +32,7 @@ from hpccrd_client import (
     DEADLINE,
     PHASES,
     RELAY_PORT,
+    SOCKET,
     WAIT,
     Capsule,
     capsule,
@@ -45,6 +49,24 @@ from hpccrd_client import (
     start,
     step_key,
 )
+
+TALKS = """
+import os, select, socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+if os.fork() == 0:
+    peer = socket.create_connection(listening.getsockname())
+    while data := peer.recv(100):
+        peer.sendall(data)
+    os._exit(0)
+talk, _ = listening.accept()
+print("up", flush=True)
+for line in sys.stdin:
+    talk.sendall(line.encode())
+    while select.select([talk], [], [], 1000)[0] and not (said := talk.recv(100)).endswith(b"\\n"):
+        pass
+    print("got", said.decode(), end="", flush=True)
+"""
+"""A job that sends each line of its stdin to a child and back, over TCP."""
 
 
 @case
@@ -179,6 +201,25 @@ async def flush_outlives(store: str) -> None:
     async with asyncio.timeout(DEADLINE):
         while not os.path.exists(f"{directory}/fragment.json"):
             await asyncio.sleep(0.05)
+
+
+@case
+async def flushes_here(directory: str, count: str) -> None:
+    """Have jobs killed by a checkpoint, and begin to flush one with each line of stdin; stay until the leases end."""
+    made = [Capsule(await Lease.open(SOCKET)) for _ in range(int(count))]
+    for one in made:
+        await running(one)
+        await checkpointed(one, kill=True)
+    os.makedirs(directory)
+    print("killed", flush=True)
+    for number, one in enumerate(made):
+        if not await asyncio.to_thread(sys.stdin.readline):
+            break
+        await one.expect(m.Flush(directory=f"{directory}/{number}"), m.FlushStarted)
+        print("began", flush=True)
+    for one in made:
+        while await one.next(deadline=None) is not None:
+            pass
 
 
 @case
@@ -404,41 +445,109 @@ async def clean() -> None:
         await asyncio.sleep(0.05)
 
 
+@contextmanager
+def busy_processors() -> Iterator[None]:
+    """So that who is to run next has to wait, and two things fall into another order than on a quiet machine."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+async def checkpointing(made: Capsule, moment: float, chance: random.Random) -> list[m.Message]:
+    """Make a checkpoint until `moment` (by the loop's clock) or its end, sometimes not as far; gives the answers."""
+    answers: list[m.Message] = []
+    requests = [m.Prepare(sequence=1, checkpoint=secrets.token_hex(16)), *(request for request, _ in PHASES)]
+    for request in requests[: chance.randint(1, 2 * len(requests))]:
+        await made.lease.send(request)
+        try:
+            answers.append(await made.next(deadline=max(0, moment - asyncio.get_running_loop().time())))
+        except TimeoutError:
+            break
+    return answers
+
+
 @case
 async def destroyed_at_any_moment(seed: str, count: str) -> None:
     """A capsule is destroyed while a checkpoint of it is made, succeeds, fails or is given up: when hpccrd says that it
     is gone, nothing of it is in the spool (root)."""
     chance = random.Random(int(seed))
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
-    try:
+    loop = asyncio.get_running_loop()
+    with busy_processors():
         for _ in range(int(count)):
             async with capsule() as made:
-                await running(made)
-                await destroyed_at_a_moment(made, chance)
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+                await running(made, job=("sh", "-c", "echo up; read line"))
+                after = chance.uniform(0, 0.3) if chance.random() < 0.5 else DEADLINE
+                end = loop.call_later(after, os.write, made.stdin, b"end\n")
+                await checkpointing(made, loop.time() + chance.uniform(0, 0.3), chance)
+                end.cancel()
+                os.close(made.stdin)
+                if chance.random() < 0.5:
+                    await made.lease.send(m.Abort(reason="too late"))
+                await made.lease.send(m.Destroy())
+                while not isinstance(await made.next(), m.Destroyed):
+                    pass
+                left = [name for name in os.listdir("/var/spool/hpccr") if not name.startswith("kept-")]
+                assert not left, left
 
 
-async def destroyed_at_a_moment(made: Capsule, chance: random.Random) -> None:
-    moment = asyncio.get_running_loop().time() + chance.uniform(0, 0.3)
-    requests = [m.Prepare(sequence=1, checkpoint=secrets.token_hex(16)), *(request for request, _ in PHASES)]
-    for request in requests:
-        await made.lease.send(request)
-        if chance.random() < 0.3:
-            os.close(made.stdin)  # the job ends while it is looked at
-            made.stdin = os.open("/dev/null", os.O_WRONLY)
-        try:
-            await made.next(deadline=max(0, moment - asyncio.get_running_loop().time()))
-        except TimeoutError:
-            break
-    if chance.random() < 0.5:
-        await made.lease.send(m.Abort(reason="too late"))
-    await made.lease.send(m.Destroy())
-    while not isinstance(await made.next(), m.Destroyed):
-        pass
-    assert not (left := [name for name in os.listdir("/var/spool/hpccr") if not name.startswith("kept-")]), left
+@case
+async def restored_and_destroyed_at_any_moment(seed: str, count: str, store: str) -> None:
+    """A capsule is destroyed while a job is restored in it; the last one restores the same checkpoint to the end."""
+    chance = random.Random(int(seed))
+    loop = asyncio.get_running_loop()
+    key, directory = step_key(), fresh(store)
+    async with capsule() as made:
+        await running(made, key)
+        identifier = await checkpointed(made, kill=True)
+        await made.expect(m.Flush(directory=directory), m.FlushStarted)
+        assert isinstance(await made.next(), m.Flushed)
+        await made.expect(m.Destroy(), m.Destroyed)
+    begin = m.Restore(stdin="pipe", merged=True)
+    requests = (fetch(directory, identifier), m.RollBack(), begin, m.Resume(), m.Unhold())
+    with busy_processors():
+        for number in range(int(count) + 1):
+            async with capsule() as made:
+                await connected(made, key)
+                moment = loop.time() + (chance.uniform(0, 0.8) if number < int(count) else DEADLINE)
+                for request in requests:
+                    try:
+                        answer = await asyncio.wait_for(made.ask(request), moment - loop.time())
+                    except TimeoutError:
+                        break
+                    assert not isinstance(answer, m.Failed), answer
+                else:
+                    await echoes(made)
+                await made.lease.send(m.Destroy())
+                while not isinstance(await made.next(), m.Destroyed):
+                    pass
+                if made.stdin >= 0:
+                    os.close(made.stdin)
+
+
+@case
+async def given_up_at_any_moment(seed: str, count: str) -> None:
+    """The job goes on whenever a checkpoint of it is given up, and the next one works."""
+    chance = random.Random(int(seed))
+    loop = asyncio.get_running_loop()
+    with busy_processors():
+        async with capsule() as made:
+            await running(made, job=(sys.executable, "-c", TALKS))
+            for number in range(int(count)):
+                answers = await checkpointing(made, loop.time() + chance.uniform(0, 0.3), chance)
+                await made.lease.send(m.Abort(reason=f"round {number}"))
+                while (answer := await made.next()) != m.Aborted():
+                    answers.append(answer)
+                for answer in answers:
+                    assert not isinstance(answer, m.Failed) or re.search("given up|aborted", answer.message), answer
+                await echoes(made)
+                if chance.random() < 0.2:
+                    await checkpointed(made)
+                    await echoes(made)
+            await made.expect(m.Destroy(), m.Destroyed)
 
 
 def leftovers() -> list[str]:

@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -101,9 +102,19 @@ def test_a_lease_that_ends_leaves_nothing(cluster: Cluster, node: str, store: st
     check(cluster, node, "clean", user="root")
 
 
-def test_a_capsule_is_destroyed_at_any_moment_of_a_checkpoint(cluster: Cluster, node: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "user", "short", "long"),
+    [
+        ("destroyed-at-any-moment", "root", 15, 1000),
+        ("given-up-at-any-moment", "root", 60, 2000),
+        ("restored-and-destroyed-at-any-moment", "user1", 10, 500),
+    ],
+)
+def test_any_moment(cluster: Cluster, node: str, store: str, case: str, user: str, short: int, long: int) -> None:
     """HPCCR_SEED gives the moments."""
-    check(cluster, node, "destroyed-at-any-moment", os.environ["HPCCR_SEED"], str(rounds(40, 1000)), user="root")
+    arguments = [os.environ["HPCCR_SEED"], str(rounds(short, long)), *([store] if case.startswith("restored") else [])]
+    cluster.check(node, PYTHON, CHECKS, case, *arguments, user=user, timeout=rounds(SLOW, 3600))
+    check(cluster, node, "clean", user="root")
 
 
 def test_stores_that_cannot_be_written(cluster: Cluster, node: str, store: str) -> None:
@@ -218,4 +229,60 @@ def test_flush_outlives_hpccrd(cluster: Cluster, node: str, store: str, kill: bo
         assert cluster.check(node, "ls", "/var/spool/hpccr").split()
         os.kill(transfer, signal.SIGCONT)
     wait_for("the fragment", cluster.here(f"{directory}/fragment.json").exists)
+    check(cluster, node, "clean", user="root")
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def test_flushes_that_wait_for_their_turn_begin_when_hpccrd_stops(cluster: Cluster, node: str, store: str) -> None:
+    """Of checkpoints whose jobs are killed, as by a requeue of all of a user's jobs before a maintenance."""
+    directory, turns, waiting, jobs = f"{store}/many", 8, 3, 16
+    begun = 0
+
+    daemon = cluster.hpccrd(node)
+
+    def transfers() -> list[int]:
+        """Not what they have just forked, which looks like them until it executes its program."""
+        return [pid for pid in cluster.pids(node, r"-m hpccr\.noded\.transfer") if parent(pid) == daemon]
+
+    def fragment(number: int) -> Path:
+        return cluster.here(f"{directory}/{number}/fragment.json")
+
+    def stopped(count: int) -> bool:
+        """All there are are stopped, and that many; or one came to its end before it could be."""
+        found = transfers()
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        return len(found) == count or fragment(begun - 1).exists()
+
+    with running(cluster, node, "killed", "flushes-here", directory, str(jobs)) as case:
+
+        def begin() -> None:
+            case.stdin.write("\n")
+            case.stdin.flush()
+            assert case.stdout.readline().strip() == "began"
+
+        while (count := len(transfers())) < turns:
+            begin()
+            begun += 1
+            wait_for("the transfer", lambda count=count + 1: stopped(count), every=0.001)
+        for _ in range(waiting):
+            begin()
+        case.stdin.close()
+        held = transfers()
+        try:
+            assert len(held) == turns
+            end_hpccrd(cluster, node, kill=False)
+        finally:
+            for pid in held:
+                os.kill(pid, signal.SIGCONT)
+        assert case.wait(60) == 0
+    for number in range(begun + waiting):
+        wait_for("the fragment", fragment(number).exists)
     check(cluster, node, "clean", user="root")
