@@ -10,7 +10,7 @@ from hpccr.errors import HpccrError, LockedError, PeerLostError, error_for
 from hpccr.model import EndpointRecord
 from hpccr.store.layout import Step
 from hpccr.wire import messages as m
-from hpccr.wire.frames import Channel
+from hpccr.wire.frames import Channel, FrameError
 from hpccr.wire.handshake import HandshakeError, authenticate
 
 CONNECT_TIMEOUT = 5.0
@@ -23,6 +23,14 @@ class NotRunningError(HpccrError):
     """The step has no coordinator that could be asked."""
 
 
+class LeftError(PeerLostError):
+    """The coordinator ended after a checkpoint, when it asked Slurm to requeue the job. reply: what it had to say."""
+
+    def __init__(self, error: PeerLostError, reply: m.CheckpointReply) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.reply = reply
+
+
 def ask[R: (m.CheckpointReply, m.StatusReply)](
     step: Step,
     request: m.CheckpointRequest | m.StatusRequest,
@@ -33,7 +41,8 @@ def ask[R: (m.CheckpointReply, m.StatusReply)](
 ) -> R:
     """Send one request to the coordinator of a running step and wait for the reply, `timeout` seconds at most.
 
-    Raises NotRunningError, PeerLostError (nobody answers, or no more), or the error that the coordinator reports.
+    Raises NotRunningError, PeerLostError (nobody answers, or no more; LeftError), or the error that the coordinator
+    reports.
     """
     endpoint = step.endpoint()
     if endpoint is None:
@@ -80,10 +89,7 @@ async def _ask[R: (m.CheckpointReply, m.StatusReply)](
     except PeerLostError as error:
         raise _suspended(step) or error from None
     except OSError as error:
-        raise PeerLostError(
-            f"the connection to the coordinator on {endpoint.host} broke: {error.strerror or error}",
-            hint="`hpccr status` shows what is left",
-        ) from None
+        raise _broken(endpoint, error) from None
 
 
 def _suspended(step: Step) -> HpccrError | None:
@@ -130,25 +136,48 @@ async def _reply[R: (m.CheckpointReply, m.StatusReply)](
     endpoint: EndpointRecord,
     progress: Callable[[m.Progress], None],
 ) -> R:
+    left: m.CheckpointReply | None = None
     while True:
         try:
-            message = await asyncio.wait_for(channel.receive(), SILENCE)
-        except TimeoutError:
-            raise PeerLostError(
-                f"the coordinator on {endpoint.host} has been silent for {SILENCE:.0f} s", hint="is its node alive?"
-            ) from None
+            message = await _next(channel, endpoint)
+        except PeerLostError as error:
+            raise (error if left is None else LeftError(error, left)) from None
         match message:
             case m.Progress():
                 progress(message)
+            case m.Leaving():
+                left = message.reply
             case m.Failed():
                 where = f"{message.node}: " if message.node else ""
                 raise error_for(message.code, where + message.message, message.hint)
-            case None:
-                raise PeerLostError(
-                    f"the coordinator on {endpoint.host} ended before it answered",
-                    hint="`hpccr status` shows the last checkpoint and why the step ended",
-                )
             case _ if isinstance(message, reply):
                 return message
             case _:
                 raise HpccrError(f"the coordinator answered with {type(message).__name__}")
+
+
+async def _next(channel: Channel[m.ClientReply], endpoint: EndpointRecord) -> m.ClientReply:
+    """The next message. Raises PeerLostError."""
+    try:
+        message = await asyncio.wait_for(channel.receive(), SILENCE)
+    except TimeoutError:
+        raise PeerLostError(
+            f"the coordinator on {endpoint.host} has been silent for {SILENCE:.0f} s", hint="is its node alive?"
+        ) from None
+    except FrameError as error:
+        raise PeerLostError(f"the coordinator on {endpoint.host}: {error.message}", hint=error.hint) from None
+    except OSError as error:
+        raise _broken(endpoint, error) from None
+    if message is None:
+        raise PeerLostError(
+            f"the coordinator on {endpoint.host} ended before it answered",
+            hint="`hpccr status` shows the last checkpoint and why the step ended",
+        )
+    return message
+
+
+def _broken(endpoint: EndpointRecord, error: OSError) -> PeerLostError:
+    return PeerLostError(
+        f"the connection to the coordinator on {endpoint.host} broke: {error.strerror or error}",
+        hint="`hpccr status` shows what is left",
+    )

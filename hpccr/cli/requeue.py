@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from hpccr.cli.checkpoint import add_quiesce_argument, add_timeout_argument, as_json, describe, request
-from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_step
+from hpccr.cli.connect import LeftError
+from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_step, job_of
 from hpccr.cli.output import print_json
 from hpccr.config import Config
 from hpccr.errors import HpccrError, UsageError
@@ -42,7 +43,17 @@ def run(args: argparse.Namespace, config: Config) -> int:
     step = find_step(args, config)
     if args.now and step.key.cluster == "local":
         raise UsageError("--now is for Slurm's queue, and this job is not in one")
-    reply = request(step, m.CheckpointRequest(requeue=True, wait=True, reason="requeue", quiesce=args.quiesce), args)
+    before = job_of(step)
+    try:
+        reply = request(
+            step, m.CheckpointRequest(requeue=True, wait=True, reason="requeue", quiesce=args.quiesce), args
+        )
+    except LeftError as error:
+        # Slurm kills the coordinator at once where the batch script does not outlive its SIGTERM.
+        after = job_of(step)
+        if before is None or after is None or after.restarts == before.restarts:
+            raise
+        reply = error.reply
     if args.now:
         start_now(job_query(), step.key.job)
     if args.json:

@@ -99,6 +99,7 @@ class Checkpoints:
         except BaseException:
             self.leaving = False
             raise
+        post(m.Leaving(reply))
         await self._put_back(boot)
         return reply
 

@@ -494,6 +494,13 @@ class CheckpointReply(Message, frozen=True):
     durable: bool
 
 
+class Leaving(Message, frozen=True):
+    """Before a CheckpointReply to a request that requeues: the checkpoint is made, and Slurm is asked to requeue the
+    job. It may do so and kill the coordinator before that can answer."""
+
+    reply: CheckpointReply
+
+
 class StatusRequest(Message, frozen=True):
     """Reply: StatusReply."""
 
@@ -562,6 +569,6 @@ CoordinatorMessage = NodeRequest | Assign | Input | OutputTaken | CloseOutput | 
 """What the coordinator sends to an agent."""
 
 ClientMessage = CheckpointRequest | StatusRequest
-ClientReply = Progress | CheckpointReply | StatusReply | Failed
+ClientReply = Progress | Leaving | CheckpointReply | StatusReply | Failed
 FirstMessage = Join | CheckpointRequest | StatusRequest
 """What the coordinator accepts first on a connection."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -442,6 +443,20 @@ def test_a_coordinator_that_ends_in_between(hpccr: Call, coordinator: Callable[.
     coordinator(m.Progress("dump", 0, 0))
     assert "ended before it answered" in hpccr("checkpoint", "17").err
     assert hpccr("checkpoint", "17").code == 14
+
+
+@pytest.mark.parametrize("requeued", [True, False])
+def test_slurm_kills_the_coordinator_at_the_requeue_before_it_answers(
+    hpccr: Call, coordinator: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch, requeued: bool
+) -> None:
+    coordinator(m.Progress("dump", 0, 0), m.Leaving(REPLY))
+    restarts = iter((3, 3 + requeued))
+    monkeypatch.setattr("hpccr.cli.requeue.job_of", lambda step: SimpleNamespace(restarts=next(restarts)))
+    shown = hpccr("requeue", "17")
+    if requeued:
+        assert shown.code == 0 and shown.out.endswith("the job is requeued\n")
+    else:
+        assert shown.code == 14 and "ended before it answered" in shown.err
 
 
 def test_another_program_on_its_port(hpccr: Call, coordinator: Callable[..., Coordinator]) -> None:
