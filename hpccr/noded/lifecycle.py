@@ -37,7 +37,8 @@ _TRANSITIONS: dict[type[m.Message], tuple[frozenset[State], State | None]] = {
     m.RollBack: (frozenset({State.FETCHED}), State.ROLLED_BACK),
     m.Restore: (frozenset({State.ROLLED_BACK}), State.RESTORED),
     m.Resume: (frozenset({State.RESTORED}), State.RESUMED),
-    m.Unhold: (frozenset({State.RESUMED}), State.RUNNING),
+    # What runs since Resume may have come to its end.
+    m.Unhold: (frozenset({State.RESUMED, State.ENDED}), State.RUNNING),
     m.Prepare: (frozenset({State.RUNNING}), State.PREPARED),
     m.Quiesce: (frozenset({State.PREPARED}), None),
     m.Freeze: (frozenset({State.PREPARED}), State.FROZEN),

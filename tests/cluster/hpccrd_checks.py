@@ -204,6 +204,26 @@ async def flush_outlives(store: str) -> None:
 
 
 @case
+async def ends_before_unhold(store: str) -> None:
+    """A job ends as soon as it goes on, before the hold is lifted: that is no failure of the restore."""
+    key, directory = step_key(), fresh(store)
+    async with capsule() as made:
+        await running(made, key, job=("sh", "-c", "echo up; read line; exit 5"))
+        identifier = await checkpointed(made, kill=True)
+        await made.expect(m.Flush(directory=directory), m.FlushStarted)
+        assert isinstance(await made.next(), m.Flushed)
+        await made.expect(m.Destroy(), m.Destroyed)
+    async with capsule() as made:
+        await connected(made, key)
+        await restored(made, directory, identifier)
+        os.close(made.stdin)
+        await made.expect(m.Resume(), m.Resumed)
+        assert await made.next() == m.Exited(5)
+        await made.expect(m.Unhold(), m.Unheld)
+        await made.expect(m.Destroy(), m.Destroyed)
+
+
+@case
 async def flushes_here(directory: str, count: str) -> None:
     """Have jobs killed by a checkpoint, and begin to flush one with each line of stdin; stay until the leases end."""
     made = [Capsule(await Lease.open(SOCKET)) for _ in range(int(count))]

@@ -27,7 +27,7 @@ SLOW = 200
 
 ALONE = ("basic", "identity", "abort", "probe", "garbage", "wrong-create", "out-of-order", "wrong-start", "silent")
 ALONE += ("unread", "many-leases", "forged-tickets", "foreign-namespaces", "pair", "no-low-ports")
-STORING = ("checkpoint", "kill-at-release", "flush-outlives", "damaged")
+STORING = ("checkpoint", "kill-at-release", "flush-outlives", "damaged", "ends-before-unhold")
 ROOT = ("forged-packets", "impatient", "embedded", "second", "unit-capabilities", "stopped", "orphaned")
 ROOT += ("foreign-mounts", "spool-fills")
 STATES = (

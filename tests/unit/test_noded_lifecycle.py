@@ -32,6 +32,12 @@ def test_a_whole_life() -> None:
     assert walk(CREATE, CONNECT, START, PREPARE, m.Freeze(), m.Dump(), m.Release(kill=True)) is State.ENDED
 
 
+def test_the_hold_is_lifted_too_where_the_job_has_ended_since_it_went_on() -> None:
+    lifecycle.after(State.ENDED, m.Unhold())
+    with pytest.raises(UsageError):
+        lifecycle.after(State.RESTORED, m.Unhold())
+
+
 def test_a_killed_job_can_still_be_flushed_but_not_checkpointed() -> None:
     assert lifecycle.after(State.ENDED, m.Flush(directory="/x")) is State.ENDED
     with pytest.raises(UsageError, match="the job has ended"):
