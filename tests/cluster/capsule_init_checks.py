@@ -67,6 +67,8 @@ from hpccr.wire.messages import (
     Wanted,
 )
 
+from talkers import TALKERS
+
 USER = 1001
 PYTHON = "/usr/bin/python3"
 DEADLINE = 60.0
@@ -569,21 +571,6 @@ def nothing_is_left_behind(home: Path) -> None:
 
 
 # --- checkpointing ----------------------------------------------------------------------------------------------
-
-TALKERS = """
-    import os, socket, sys, time
-    listening = socket.create_server(("127.0.0.1", 0))
-    if os.fork() == 0:
-        peer = socket.create_connection(listening.getsockname())
-        while data := peer.recv(100):
-            peer.sendall(data)
-        os._exit(0)
-    talk, _ = listening.accept()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        talk.sendall(line.encode())
-        print("echo", talk.recv(100).decode(), end="", flush=True)
-"""
 
 
 @case

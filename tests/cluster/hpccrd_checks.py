@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,24 +50,7 @@ from hpccrd_client import (
     start,
     step_key,
 )
-
-TALKS = """
-import os, select, socket, sys
-listening = socket.create_server(("127.0.0.1", 0))
-if os.fork() == 0:
-    peer = socket.create_connection(listening.getsockname())
-    while data := peer.recv(100):
-        peer.sendall(data)
-    os._exit(0)
-talk, _ = listening.accept()
-print("up", flush=True)
-for line in sys.stdin:
-    talk.sendall(line.encode())
-    while select.select([talk], [], [], 1000)[0] and not (said := talk.recv(100)).endswith(b"\\n"):
-        pass
-    print("got", said.decode(), end="", flush=True)
-"""
-"""A job that sends each line of its stdin to a child and back, over TCP."""
+from talkers import TALKERS
 
 
 @case
@@ -207,12 +191,7 @@ async def flush_outlives(store: str) -> None:
 async def ends_before_unhold(store: str) -> None:
     """A job ends as soon as it goes on, before the hold is lifted: that is no failure of the restore."""
     key, directory = step_key(), fresh(store)
-    async with capsule() as made:
-        await running(made, key, job=("sh", "-c", "echo up; read line; exit 5"))
-        identifier = await checkpointed(made, kill=True)
-        await made.expect(m.Flush(directory=directory), m.FlushStarted)
-        assert isinstance(await made.next(), m.Flushed)
-        await made.expect(m.Destroy(), m.Destroyed)
+    identifier = await make_fragment(key, directory, job=("sh", "-c", "echo up; read line; exit 5"))
     async with capsule() as made:
         await connected(made, key)
         await restored(made, directory, identifier)
@@ -360,9 +339,9 @@ def flip(path: str) -> None:
         os.pwrite(file.fileno(), bytes([byte ^ 1]), position)
 
 
-async def make_fragment(key: StepKey, directory: str) -> str:
+async def make_fragment(key: StepKey, directory: str, *, job: tuple[str, ...] = WAIT) -> str:
     async with capsule() as made:
-        await running(made, key)
+        await running(made, key, job=job)
         identifier = await checkpointed(made, kill=True)
         await made.expect(m.Flush(directory=directory), m.FlushStarted)
         await made.expect_event(m.Flushed)
@@ -520,12 +499,7 @@ async def restored_and_destroyed_at_any_moment(seed: str, count: str, store: str
     chance = random.Random(int(seed))
     loop = asyncio.get_running_loop()
     key, directory = step_key(), fresh(store)
-    async with capsule() as made:
-        await running(made, key)
-        identifier = await checkpointed(made, kill=True)
-        await made.expect(m.Flush(directory=directory), m.FlushStarted)
-        assert isinstance(await made.next(), m.Flushed)
-        await made.expect(m.Destroy(), m.Destroyed)
+    identifier = await make_fragment(key, directory)
     begin = m.Restore(stdin="pipe", merged=True)
     requests = (fetch(directory, identifier), m.RollBack(), begin, m.Resume(), m.Unhold())
     with busy_processors():
@@ -553,9 +527,10 @@ async def given_up_at_any_moment(seed: str, count: str) -> None:
     """The job goes on whenever a checkpoint of it is given up, and the next one works."""
     chance = random.Random(int(seed))
     loop = asyncio.get_running_loop()
+    talks = textwrap.dedent(TALKERS).replace('"ready"', '"up"').replace('"echo"', '"got"')
     with busy_processors():
         async with capsule() as made:
-            await running(made, job=(sys.executable, "-c", TALKS))
+            await running(made, job=(sys.executable, "-c", talks))
             for number in range(int(count)):
                 answers = await checkpointing(made, loop.time() + chance.uniform(0, 0.3), chance)
                 await made.lease.send(m.Abort(reason=f"round {number}"))
