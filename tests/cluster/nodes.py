@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,24 @@ _CLONE_NEWNS = 0x00020000
 
 class Failure(AssertionError):
     """A command on a node ended otherwise than it should."""
+
+
+def send(number: int, pids: Iterable[int]) -> None:
+    """Signal processes that were seen a moment ago. What has ended since then is none of the sender's business."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """Processes that stand still in this block."""
+    pids = list(pids)
+    send(signal.SIGSTOP, pids)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT, pids)
 
 
 class Cluster:
@@ -229,12 +247,8 @@ class Cluster:
     @contextmanager
     def stopped(self, node: str) -> Iterator[None]:
         """The node's hpccrd does not get a turn in this block."""
-        pid = self.hpccrd(node)
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped([self.hpccrd(node)]):
             yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
     # --- images in the spools -----------------------------------------------------------------------------------
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 from jobs import Jobs
-from nodes import Cluster
+from nodes import Cluster, send
 from waiting import wait_for
 from workloads import counter
 
@@ -20,17 +19,8 @@ def transfers(cluster: Cluster) -> list[int]:
 def stop_flush(cluster: Cluster) -> list[int]:
     """Processes of a flush that has begun, now stopped."""
     found = wait_for("a flush", lambda: transfers(cluster), every=0.005)
-    for pid in found:
-        os.kill(pid, signal.SIGSTOP)
+    send(signal.SIGSTOP, found)
     return found
-
-
-def go_on(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            pass
 
 
 def test_a_job_is_completing_while_its_checkpoint_is_written(jobs: Jobs) -> None:
@@ -51,7 +41,7 @@ def test_a_job_is_completing_while_its_checkpoint_is_written(jobs: Jobs) -> None
         wait_for("the end of its processes", lambda: first.events("finished"))
         assert first.wait_state("CANCELLED", "COMPLETING").states == {"CANCELLED", "COMPLETING"}
         assert not first.events("durable") and first.status()["checkpoints"][0]["state"] != "complete"
-        go_on(stopped)
+        send(signal.SIGCONT, stopped)
         assert first.wait_over(within=60).states == {"CANCELLED"}
         assert first.status()["checkpoints"][0]["state"] == "complete"
 
@@ -63,7 +53,7 @@ def test_a_job_is_completing_while_its_checkpoint_is_written(jobs: Jobs) -> None
         assert second.wait_over(within=60).states == {"CANCELLED"}
         assert second.status()["checkpoints"][0]["state"] != "complete"
     finally:
-        go_on(stopped)
+        send(signal.SIGCONT, stopped)
         for file in configured:
             file.unlink(missing_ok=True)
     wait_for("the end of all transfers", lambda: not transfers(cluster))

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from nodes import USERS, Cluster
+from nodes import USERS, Cluster, send
 from waiting import rounds, wait_for
 
 PYTHON = "/opt/hpccr/bin/python"
@@ -256,9 +256,7 @@ def test_flushes_that_wait_for_their_turn_begin_when_hpccrd_stops(cluster: Clust
     def stopped(count: int) -> bool:
         """All there are are stopped, and that many; or one came to its end before it could be."""
         found = transfers()
-        for pid in found:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, found)
         return len(found) == count or fragment(begun - 1).exists()
 
     with running(cluster, node, "killed", "flushes-here", directory, str(jobs)) as case:
@@ -280,8 +278,7 @@ def test_flushes_that_wait_for_their_turn_begin_when_hpccrd_stops(cluster: Clust
             assert len(held) == turns
             end_hpccrd(cluster, node, kill=False)
         finally:
-            for pid in held:
-                os.kill(pid, signal.SIGCONT)
+            send(signal.SIGCONT, held)
         assert case.wait(60) == 0
     for number in range(begun + waiting):
         wait_for("the fragment", fragment(number).exists)

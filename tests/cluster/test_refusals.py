@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from jobs import Job, Jobs
-from nodes import SPOOL, USERS, Cluster
-from test_store import new_pids, stopped
+from nodes import SPOOL, USERS, Cluster, stopped
+from test_store import new_pids
 from turnstile import PHASES, Turnstile
 from waiting import wait_for
 from workloads import Workloads

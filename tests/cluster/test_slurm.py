@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs import Job, Jobs
-from nodes import Cluster
+from nodes import Cluster, send
 from waiting import wait_for
 
 PYTHON = "/opt/hpccr/bin/python"
@@ -159,8 +158,7 @@ def test_why_a_job_is_signalled_and_what_helpers_live_through(cluster: Cluster, 
     # Else they would live until KillWait, 30 s, is over.
     assert time.monotonic() - ended < 28
     for node in cluster.nodes:
-        for pid in cluster.pids(node, r"helper-%s\.txt|signalled\.py"):
-            os.kill(pid, signal.SIGKILL)
+        send(signal.SIGKILL, cluster.pids(node, r"helper-%s\.txt|signalled\.py"))
     cancelled.wait_over()
     poked.cancel()
 

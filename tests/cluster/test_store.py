@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import Job, Jobs
-from nodes import USERS, Cluster
+from nodes import USERS, Cluster, stopped
 from waiting import Late, rounds, wait_for
 from workloads import Workloads
 
@@ -73,18 +73,6 @@ def test_checkpoints_share_what_did_not_change(jobs: Jobs, workloads: Workloads)
         assert (status.st_uid, stat.S_IMODE(status.st_mode) & 0o077) == (USERS["user1"], 0), path
     job.requeue()
     goes_on(job, workloads)
-
-
-@contextmanager
-def stopped(pids: list[int]) -> Iterator[None]:
-    """Processes that stand still in this block."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def flip(path: Path) -> None:

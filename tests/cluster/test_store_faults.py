@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import Job, Jobs
-from nodes import USERS, Cluster
+from nodes import USERS, Cluster, send
 from opens import Opens
 from test_store import FLUSH, complete
 from waiting import rounds, wait_for
@@ -109,11 +109,9 @@ def test_storage_that_is_gone_on_one_node(jobs: Jobs, cluster: Cluster, workload
         capsule = job.step() / "ckpt-000003" / "capsule-1"
         wait_for("a pack", lambda: any(".pack" in path.name for path in capsule.glob(".tmp-*")), every=0.005)
         pids = cluster.pids(node, FLUSH)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, pids)
         with cluster.unmounted(store, node):
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+            send(signal.SIGCONT, pids)
             fails(asked)
             assert cluster.check(node, "ls", "-A", store) == ""
         job.checkpoint()
@@ -132,11 +130,9 @@ def test_a_device_that_cannot_be_written(jobs: Jobs, cluster: Cluster, workloads
         asked = cluster.popen("ctl", *arguments, user="user1")
         capsule = job.step() / "ckpt-000002" / "capsule-1"
         wait_for("a pack", lambda: any(".pack" in path.name for path in capsule.glob(".tmp-*")), every=0.005)
-        for pid in (pids := [pid for node in nodes for pid in cluster.pids(node, FLUSH)]):
-            os.kill(pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, pids := [pid for node in nodes for pid in cluster.pids(node, FLUSH)])
         with cluster.failing(store):
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+            send(signal.SIGCONT, pids)
             output, errors = asked.communicate(timeout=60)
             place = f"{store}/{job.store.name}/0/ckpt-000002/capsule-"
             said = [f"error: {node}: the flush failed: {place}{number}" for number, node in enumerate(nodes)]
@@ -173,8 +169,7 @@ def test_killed_at_random_moments(jobs: Jobs, cluster: Cluster, workloads: Workl
         asked = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
         time.sleep(chance.uniform(0.3, 1.5))  # any moment is the right one
         print(f"killing {victim} on {node}")
-        for pid in cluster.pids(node, patterns[victim])[:1]:
-            os.kill(pid, signal.SIGKILL)
+        send(signal.SIGKILL, cluster.pids(node, patterns[victim])[:1])
         asked.communicate(timeout=120)
         if victim != "flush":
             wait_for("a restore", lambda: len(job.events("started")) + len(job.events("restored")) > lives)  # noqa: B023

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from jobs import Job
-from nodes import Cluster
+from nodes import Cluster, send
 from waiting import wait_for
 
 PHASES = ("preparing", "asking", "freezing", "surveying", "dumping", "releasing", "flush")
@@ -36,11 +36,7 @@ class Turnstile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in self._pids.values():
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
+        send(signal.SIGCONT, self._pids.values())
 
     def hold_in(self, phase: str) -> None:
         """Returns when the checkpoint is in that phase, where it stays."""
