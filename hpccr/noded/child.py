@@ -98,7 +98,8 @@ class Helper:
         """Kill it, unless it has ended; returns when it has."""
         if not self._exited.done():
             os.kill(self.pid, signal.SIGKILL)
-            await self._exited
+            # Whoever is cancelled here may come again, or another does.
+            await asyncio.shield(self._exited)
         self._pipe.close()
 
 

@@ -119,7 +119,8 @@ class Init:
         self._task: asyncio.Task[None] | None = None
         self._abort_reason = ""
         self._aborting: asyncio.Task[None] | None = None
-        self._releasing = False
+        self._settling = False
+        """Whether the request under way is past being cancelled: it lets the tasks go, or undoes what it did."""
         self._silent = False
         """Whether the launch root's end is known to hpccrd: it asked for it."""
 
@@ -261,11 +262,11 @@ class Init:
     async def _release(self, request: Release, fds: list[int]) -> Message:
         checkpoint = self._under_way()
         self._silent = self._silent or request.kill
-        self._releasing = True
+        self._settling = True
         try:
             released = await checkpoint.release(kill=request.kill)
         finally:
-            self._releasing = False
+            self._settling = False
         self._checkpoint = None
         self._close_directory()
         if not request.kill:
@@ -309,8 +310,8 @@ class Init:
     async def _abort(self) -> None:
         if self._task is not None:
             task = self._task
-            # The tasks may run again already, or be dead: a release is past giving up.
-            if not self._releasing:
+            # After a release the tasks may run again already, or be dead; and who undoes by himself answers by himself.
+            if not self._settling:
                 task.cancel()
             await asyncio.wait([task])
         await self._undo()
@@ -320,11 +321,14 @@ class Init:
     async def _undo(self) -> None:
         """Give up the checkpoint or restore that is under way, if any. If that fails the capsule ends: nobody knows
         what state its tasks are in."""
+        self._settling = True
         try:
             await self._give_up()
         except Exception:
             traceback.print_exc()
             os._exit(1)
+        finally:
+            self._settling = False
 
     async def _give_up(self) -> None:
         if self._checkpoint is not None:

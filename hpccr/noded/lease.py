@@ -337,6 +337,7 @@ class Lease:
         finally:
             os.close(fd)
         await self._node.claim(self.name, prepared.estimate)
+        self._check_wanted()
         return prepared
 
     async def _checkpointing[R: m.Message](
@@ -366,7 +367,11 @@ class Lease:
             answering.cancel()
         self._node.claims.pop(self.name, None)
         dumping.image, dumping.created = answer.image, time.time()
-        return m.Dumped(bytes=await asyncio.to_thread(dumping.directory.bytes))
+        try:
+            size = await asyncio.to_thread(dumping.directory.bytes)
+        finally:
+            self._check_wanted()  # if it was given up meanwhile, the directory is gone
+        return m.Dumped(bytes=size)
 
     async def _until_spool_is_short(self) -> None:
         while not await asyncio.to_thread(self._node.spool.is_short):

@@ -113,7 +113,7 @@ class Saving:
         for pid, (_, exited, words) in self._running.items():
             if not exited.done():  # one that has ended is reaped already, and its pid free for others
                 os.kill(pid, signal.SIGKILL)
-            await exited
+            await asyncio.shield(exited)  # if this is cancelled, the next who comes waits for the same
             os.close(words)
         self._running.clear()
 

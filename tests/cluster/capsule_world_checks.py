@@ -821,6 +821,31 @@ def a_connection_that_is_not_accepted_yet_is_a_matter_of_the_moment(home: Path) 
             two.read_until(b"again\n")
 
 
+@case
+def an_abort_meets_a_dump_that_fails_by_itself(home: Path) -> None:
+    """As on two nodes that fail for the same reason: each request has its answer, and the job goes on."""
+    large = 'open("/tmp/large", "wb").write(bytes(200 << 20))'  # tar is at it when CRIU gives up
+    with capsule() as one:
+        one.script(IN_FLIGHT.replace("server.listen()", f"server.listen(); {large}"))
+        one.read_until(b"ready\n")
+        for milliseconds in range(0, 60, 2):
+            with spool() as directory:
+                assert isinstance(one.prepare(directory), Prepared)
+                assert isinstance(one.ask(Freeze()), Frozen)
+                one.send(Dump())
+                time.sleep(milliseconds / 1000)
+                one.send(Abort(reason="another failed"))
+                reply = one.receive()
+                assert isinstance(reply, Failed), reply
+                assert isinstance(one.receive(), Aborted)
+        one.write(b"accept\n")
+        one.read_until(b"hello\n")
+        with spool() as directory:
+            one.checkpoint(directory)
+        one.write(b"more\n")
+        one.read_until(b"again\n")
+
+
 HUGE = """
     import mmap, os, sys
     huge = mmap.MAP_ANONYMOUS | 0x40000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
+import shutil
 import socket
 import struct
 import subprocess
@@ -370,6 +372,26 @@ async def dump_without_room(spool: str) -> None:
         await echoes(made)
         assert os.listdir(spool) == []
         await checkpointed(made, sequence=2)
+
+
+@case
+async def given_up_while_room_is_made(spool: str) -> None:
+    """Run by the case spool-fills. It takes long to look through a kept image of many files."""
+    kept = Path(spool, "kept-0123456789abcdef-000001")
+    kept.mkdir(mode=0o700)
+    for number in range(30000):
+        kept.joinpath(str(number)).touch()
+    async with capsule() as made:
+        await running(made)
+        for milliseconds in range(0, 600, 20):
+            await made.lease.send(m.Prepare(sequence=1, checkpoint="0" * 32))
+            await asyncio.sleep(milliseconds / 1000)
+            await made.lease.send(m.Abort(reason="test"))
+            while (answer := await made.next()) != m.Aborted():
+                assert isinstance(answer, m.Prepared) or re.search("given up|aborted", answer.message), answer
+            await echoes(made)
+        await checkpointed(made, sequence=2)
+    shutil.rmtree(kept)
 
 
 LISTEN = (

@@ -114,7 +114,8 @@ async def impatient() -> None:
 
 @case
 async def spool_fills() -> None:
-    """A dump that finds less room than was there when it was prepared is given up, and the job goes on."""
+    """Checkpoints for which there is no room, or that are given up while it is made: the job goes on, and the next one
+    works."""
 
     def run(directory: str) -> None:
         Path(directory, "toml").write_text(f"[node]\nspool_reserve = {16 << 20}\n")
@@ -124,7 +125,8 @@ async def spool_fills() -> None:
         try:
             with hpccrd(directory, options=[f"--config={directory}/toml"]):
                 environment = os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"}
-                subprocess.run([sys.executable, sys.argv[0], "dump-without-room", spool], env=environment, check=True)
+                for case in ("dump-without-room", "given-up-while-room-is-made"):
+                    subprocess.run([sys.executable, sys.argv[0], case, spool], env=environment, check=True)
         finally:
             subprocess.run(["umount", spool], check=True)
 
