@@ -44,16 +44,23 @@ def run(args: argparse.Namespace, config: Config) -> int:
     if args.now and step.key.cluster == "local":
         raise UsageError("--now is for Slurm's queue, and this job is not in one")
     before = job_of(step)
+    left: LeftError | None = None
     try:
         reply = request(
             step, m.CheckpointRequest(requeue=True, wait=True, reason="requeue", quiesce=args.quiesce), args
         )
     except LeftError as error:
         # Slurm kills the coordinator at once where the batch script does not outlive its SIGTERM.
-        after = job_of(step)
-        if before is None or after is None or after.restarts == before.restarts:
-            raise
-        reply = error.reply
+        left, reply = error, error.reply
+    after = job_of(step)
+    if before is not None and after is not None and after.restarts == before.restarts:
+        # It was cancelled, or its time was over, before Slurm was asked.
+        raise left or HpccrError(
+            f"{describe(step, reply)}, but the job is {'+'.join(sorted(after.states))} and not requeued",
+            hint=f"to go on from that checkpoint: scontrol requeue {step.key.job}",
+        )
+    if left is not None and (before is None or after is None):
+        raise left
     if args.now:
         start_now(job_query(), step.key.job)
     if args.json:

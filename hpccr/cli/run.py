@@ -294,11 +294,13 @@ def _log_to(path: Path, level: int, stack: ExitStack) -> None:
     listener = logging.handlers.QueueListener(lines, file)
     listener.start()
     stack.callback(listener.stop)
-    logger = logging.getLogger("hpccr")
     handler = logging.handlers.QueueHandler(lines)
-    logger.addHandler(handler)
-    stack.callback(logger.removeHandler, handler)
-    logger.setLevel(level)
+    # What asyncio has to say would otherwise be in the job's output.
+    for name in ("hpccr", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        stack.callback(logger.removeHandler, handler)
+    logging.getLogger("hpccr").setLevel(level)
 
 
 def _check_store(step: Step) -> None:

@@ -58,8 +58,19 @@ class Checkpoints:
         """The job is stopped by `scontrol suspend`."""
         self._safe_at: float | None = None
         """When the newest durable checkpoint of this run of the job was made, by the monotonic clock."""
-        self.leaving = False
-        """A final checkpoint is being made, or has been: the job's tasks will not run on here."""
+        self.ending = False
+        """The job has been told to end, and is not saved any more."""
+        self._requeueing = False
+        self.staying = asyncio.Event()
+        """Not set while a final checkpoint is being made, or when it has been: the job's tasks will not run on here."""
+        self.staying.set()
+
+    def check(self) -> None:
+        """Raises LockedError while no checkpoint may begin."""
+        if self.suspended:
+            raise LockedError("the job is suspended", hint="it can be checkpointed when it has been resumed")
+        if self.ending:
+            raise LockedError("the job has been told to end")
 
     async def answer(self, boot: Boot, request: m.CheckpointRequest, post: Post) -> m.CheckpointReply:
         """What a client asked for. Raises HpccrError."""
@@ -85,33 +96,39 @@ class Checkpoints:
         point. by: when it must be requeued at the latest, durable or not: flushes go on without the job, and its next
         run waits for them.
         """
-        if self.leaving:
+        if self._requeueing and not hurry:
             raise LockedError("the job is being requeued already")
-        self.leaving = True
+        self._requeueing = True
         try:
             await asyncio.to_thread(self._site.check_requeue)
             now = time.monotonic()
             if not hurry and not safe(now, began=boot.began or now, durable=self._safe_at):
+                # The job runs on, for long perhaps, and a time limit or Slurm's own requeue does not wait for this.
                 await self._made(boot, kill=False, wait=True, reason=reason, post=post, quiesce=quiesce)
+            return await self._last(boot, reason, post, quiesce=quiesce, hurry=hurry, by=by)
+        finally:
+            self._requeueing = False
+
+    async def final(self, boot: Boot, reason: str) -> None:
+        """The last checkpoint of a job that Slurm is requeueing. Raises HpccrError; the job then goes on."""
+        await self._last(boot, reason, nobody, quiesce="", hurry=True, by=math.inf)
+
+    async def _last(
+        self, boot: Boot, reason: str, post: Post, *, quiesce: str, hurry: bool, by: float
+    ) -> m.CheckpointReply:
+        if not self.staying.is_set():
+            raise LockedError("the job is being requeued already")
+        self.staying.clear()
+        try:
             reply = await self._made(
                 boot, kill=True, wait=True, reason=reason, post=post, quiesce=quiesce, hurry=hurry, by=by
             )
         except BaseException:
-            self.leaving = False
+            self.staying.set()
             raise
         post(m.Leaving(reply))
         await self._put_back(boot)
         return reply
-
-    async def final(self, boot: Boot, reason: str) -> None:
-        """The last checkpoint of a job that Slurm is requeueing. Raises HpccrError; the job then goes on."""
-        self.leaving = True
-        try:
-            await self._made(boot, kill=True, wait=True, reason=reason, post=nobody, hurry=True)
-        except BaseException:
-            self.leaving = False
-            raise
-        await self._put_back(boot)
 
     async def _put_back(self, boot: Boot) -> None:
         """Have a job requeued whose tasks are dead. If Slurm will not, the checkpoint is restored in place. Raises
@@ -119,7 +136,7 @@ class Checkpoints:
         try:
             await requeued(self._site.ensure_requeued, self._warn)
         except UnsupportedError as error:
-            self.leaving = False
+            self.staying.set()
             if not boot.outcome.done():
                 boot.outcome.set_result(plan.StepLost(m.Failed(error.code, error.message, error.hint)))
             raise
@@ -172,8 +189,7 @@ class Checkpoints:
         quiesce: str = "",
         hurry: bool = False,
     ) -> Snapshot:
-        if self.suspended:
-            raise LockedError("the job is suspended", hint="it can be checkpointed when it has been resumed")
+        self.check()
         asked = time.monotonic()
         snapshot = await boot.checkpoint(kill=kill, reason=reason, wait=wait, quiesce=quiesce, hurry=hurry)
         self.costs = self.costs.with_freeze(snapshot.manifest.freeze_seconds)
@@ -228,6 +244,8 @@ async def requeued(ask: Callable[[], None], warn: Callable[[str], None]) -> None
 async def _watched[T](work: Coroutine[Any, Any, T], boot: Boot, post: Post) -> T:
     """The result of `work`; every half second until then its progress goes to `post`."""
     task = asyncio.ensure_future(work)
+    # If nobody waits for it any more, nobody has to hear how it failed.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     while not (await asyncio.wait((task,), timeout=0.5))[0]:
         post(progress(boot))
     return task.result()

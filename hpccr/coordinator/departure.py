@@ -45,6 +45,8 @@ class Departure:
         self._stop = stop
         self._busy = False
         self._own = asyncio.Event()
+        self.finished = False
+        """Its command has ended: whatever comes now comes too late to mean anything."""
         self.why = ""
         """What Slurm ends the job's processes for, once they have been told to end: they are not at their end."""
 
@@ -52,10 +54,12 @@ class Departure:
         """SIGTERM came, to this process (own) or to an agent on another node."""
         if own:
             self._own.set()
-        if self._checkpoints.leaving or self._busy:
+        if self._busy:
             return  # what is under way is what this signal would ask for
         self._busy = True
         try:
+            # So is a requeue that somebody has asked for, unless it fails.
+            await self._checkpoints.staying.wait()
             await self._depart(own=own)
         finally:
             self._busy = False
@@ -63,6 +67,9 @@ class Departure:
 
     async def _depart(self, *, own: bool) -> None:
         why = await self._why()
+        await self._checkpoints.staying.wait()  # somebody may have asked for a requeue meanwhile
+        if self.finished:
+            return
         self._event("terminate", why=why)
         leaving = why in ("requeue", "preempted")
         if not leaving and not self._own.is_set():
@@ -110,6 +117,7 @@ class Departure:
         """The final checkpoint. In a GraceTime it is tried again until that is over; then the job is told to end as
         it would have been without hpccr."""
         while True:
+            await self._checkpoints.staying.wait()
             try:
                 await self._checkpoints.final(boot, why)
                 return
@@ -127,6 +135,10 @@ class Departure:
                 continue
 
     def _end(self, boot: Boot, why: str) -> None:
+        if why != "unknown":
+            # What is saved from now on would be a job in the middle of its end, the signal with it.
+            self._checkpoints.ending = True
+            boot.cancel("the job has been told to end")
         if why not in ("cancelled", "unknown"):
             self.why = why
             boot.returns = True

@@ -31,7 +31,7 @@ from hpccr.coordinator.report import report
 from hpccr.coordinator.requests import Command
 from hpccr.coordinator.schedule import costs_so_far, parse_interval
 from hpccr.coordinator.server import Member, Server
-from hpccr.coordinator.service import Boot, failure_of
+from hpccr.coordinator.service import ENDING, Boot, failure_of
 from hpccr.coordinator.site import Site
 from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
@@ -51,8 +51,8 @@ LAST = 10.0
 """Seconds before the time limit ends the job at which it is requeued at the latest: Slurm must hear of it before."""
 OURS = {signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
 """Signals that say something to us; the others that the launch root passes on are the job's business."""
-ENDING = {signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-"""Of those, what ends a job that does not run yet."""
+STILL = 10.0
+"""Seconds after SIGTSTP at which whoever still runs is not being suspended: Slurm stops everything after 2."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Coordinator:
         self._due: float | None = None
         self._main: asyncio.Task[Any] | None = None
         self._wish: asyncio.Task[None] | None = None
+        self._still: asyncio.TimerHandle | None = None
 
     def _event(self, name: str, **details: Any) -> None:
         """Record an event; order is kept, and the event loop does not wait for the shared storage."""
@@ -315,11 +316,11 @@ class Coordinator:
             self._succession.check()  # on a node that is cut off nobody answers, and the job is elsewhere by now
             self._site.move()
 
-        self._checkpoints.leaving = True  # the SIGTERM that follows is no news
+        self._checkpoints.staying.clear()  # the SIGTERM that follows is no news
         try:
             await requeued(move, self._loud)
         except UnsupportedError as refused:
-            self._checkpoints.leaving = False
+            self._checkpoints.staying.set()
             log.warning("the job cannot be requeued: %s", refused.message)
             return False
         self._loud(f"{error.message}; the job is requeued")
@@ -372,6 +373,7 @@ class Coordinator:
                 secret=self._secret,
                 source=source,
                 event=self._event,
+                check=self._checkpoints.check,
             )
             self._boot = boot
             boot.begin()
@@ -381,8 +383,11 @@ class Coordinator:
                 await asyncio.wait((boot.outcome, self._ended, succeeded), return_when=asyncio.FIRST_COMPLETED)
                 if succeeded.done():
                     raise succeeded.result()
-                return boot.outcome.result() if boot.outcome.done() else self._ended.result()
+                outcome = boot.outcome.result() if boot.outcome.done() else self._ended.result()
+                self._departure.finished = isinstance(outcome, plan.Finished)
+                return outcome
             finally:
+                self._streams.pause()
                 for task in (watch, succeeded):
                     task.cancel()
                 await asyncio.gather(watch, succeeded, return_exceptions=True)
@@ -529,6 +534,11 @@ class Coordinator:
         """`scontrol suspend` sends SIGTSTP 2 s before the job is frozen, and `scontrol resume` SIGCONT (as does every
         requeue). A checkpoint that was caught half-way would wait, with the tasks of some nodes in CRIU's hands."""
         self._checkpoints.suspended = suspended
+        if self._still is not None:
+            self._still.cancel()
+        if suspended:
+            # Where it was only somebody's ^Z no SIGCONT needs to follow.
+            self._still = asyncio.get_running_loop().call_later(STILL, self._not_suspended)
         if self._boot is None:
             return
         if suspended:
@@ -536,16 +546,19 @@ class Coordinator:
         else:
             self._boot.signal(signal.SIGCONT)
 
+    def _not_suspended(self) -> None:
+        self._checkpoints.suspended = False
+
     def _pass_on(self, number: int) -> None:
         if number == signal.SIGUSR1 and self._batch:
             self._spawn(self._on_usr1())
+        elif number in ENDING and (self._boot is None or self._boot.state.phase in plan.BOOT):
+            self._stop()  # a job that does not run yet
         elif self._boot is not None:
             self._boot.signal(number)
-        elif number in ENDING:
-            self._stop()
 
     def _stop(self) -> None:
-        if self._main is not None:
+        if self._main is not None and not self._departure.finished:
             self._main.cancel()
 
     async def _on_usr1(self) -> None:

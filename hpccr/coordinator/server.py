@@ -143,11 +143,17 @@ class Server:
             member.destroyed.set()
             self._on_lost(member, reason)
 
+    def _answered(self, answer: asyncio.Future[m.Message]) -> None:
+        # The client may be gone, and nobody else asks how it went.
+        self._answers.discard(answer)
+        if not answer.cancelled() and (error := answer.exception()) is not None:
+            log.info("a client's request failed: %s", error, exc_info=None if isinstance(error, HpccrError) else error)
+
     async def _serve_client(self, request: m.ClientMessage, channel: Channel[Incoming]) -> None:
         # A client that goes away ends nothing: half a requeue would be a job that neither runs nor waits.
         answer = asyncio.ensure_future(self._on_client(request, channel.post))
         self._answers.add(answer)
-        answer.add_done_callback(self._answers.discard)
+        answer.add_done_callback(self._answered)
         gone = asyncio.create_task(channel.reader.read(1))
         try:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -38,6 +39,8 @@ STOPPED = 5.0
 """Seconds after which a timer that comes too late says that this process was stopped, and not just slow."""
 HURRY = 5.0
 """Seconds for ranks to come to a safe point when Slurm is about to kill the job."""
+ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+"""Signals that a command is expected to end by."""
 EXIT_GRACE = 2.0
 """Seconds after a command's failure in which the loss of a capsule on a node that is there explains it: the job then
 goes on from a checkpoint."""
@@ -67,8 +70,10 @@ class Boot:
         secret: str,
         source: Manifest | None,
         event: Callable[..., None],
+        check: Callable[[], None],
     ) -> None:
-        """members: one per capsule, in capsule order, all joined. event: records a line in events.jsonl."""
+        """members: one per capsule, in capsule order, all joined. event: records a line in events.jsonl. check: raises
+        LockedError while no checkpoint may begin."""
         self._config = config
         self._step = step
         self._streams = streams
@@ -85,6 +90,7 @@ class Boot:
         )
         self.source = source
         self._event = event
+        self._check = check
         self._loop = asyncio.get_running_loop()
         from_checkpoint = plan.Source(source.sequence, source.checkpoint) if source else None
         self.state = plan.State(len(members), from_checkpoint)
@@ -432,13 +438,16 @@ class Boot:
             try:
                 return await self._attempt(kill, quiesce)
             except LockedError as error:
-                if not kill:
-                    self._check_turn(hurry=False)
+                self._check_allowed(kill=kill)
                 # A connection was neither closed nor established at the freeze, which CRIU cannot dump, or new tasks
                 # came faster than it stops them. The job has gone on, and nothing tells us when that is over.
                 log.info("trying again in %g s: %s", pause, error.message)
                 await asyncio.sleep(pause)
         return await self._attempt(kill, quiesce)
+
+    def _check_allowed(self, *, kill: bool) -> None:
+        self._check()
+        self._check_turn(hurry=kill)
 
     def _check_turn(self, hurry: bool) -> None:
         if self._hurried.is_set() and not hurry:
@@ -486,6 +495,8 @@ class Boot:
         sequence = await asyncio.to_thread(self._step.next_sequence)
         if self.state.phase is not Phase.RUNNING:
             raise HpccrError(f"no checkpoint is possible now: the job is {self.state.phase}")
+        # Whoever gives up what is under way (cancel) finds it so only from here on, where nothing is awaited.
+        self._check_allowed(kill=kill)
         self._released = self._loop.create_future()
         self.flushes.expect(sequence)
         self._event("checkpoint", sequence=sequence, reason=self._reason)
@@ -510,7 +521,8 @@ class Boot:
 
     def signal(self, signum: int) -> None:
         """Pass a signal to the job's command."""
-        self._signalled = True
+        # Then its end is what was asked for, and has to be told before Slurm loses its patience.
+        self._signalled = self._signalled or signum in ENDING
         self._members[0].post(m.Signal(signum))
 
     def output_taken(self, count: int) -> None:

@@ -36,7 +36,7 @@ class Site:
 
     def why_signalled(self) -> str:
         """Why this job got SIGTERM: a hpccr.slurm.query.Cause. Raises HpccrError."""
-        return "cancelled"
+        return "unknown"  # nobody ends what does not end by it
 
     def end_time(self) -> float | None:
         """When the job's time limit ends it, seconds since the epoch; None: never. Raises HpccrError."""

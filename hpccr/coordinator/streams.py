@@ -57,14 +57,28 @@ class Source:
         self.sent = skip
         """Bytes of the stream that have been sent to the job, the skipped ones included."""
         self._started = False
+        self._open = False
+        self._held: list[bytes] = []
+        """What came while there was no job to take it."""
+        self._ended = False
         self._stopped = False
         self._thread = threading.Thread(target=self._read_all, name="stdin", daemon=True)
 
     def start(self) -> None:
-        """Begin to read; further calls do nothing."""
+        """There is a job that takes input: begin to read, or go on."""
         if not self._started:
             self._started = True
             self._thread.start()
+        self._open = True
+        held, self._held = self._held, []
+        for data in held:
+            self._pass_on(data)
+        if self._ended:
+            self._feed(b"")
+
+    def pause(self) -> None:
+        """The job is gone: hold back what comes, for the one that is restored."""
+        self._open = False
 
     def taken(self, count: int) -> None:
         """The agent has written `count` bytes into the job's pipe."""
@@ -113,10 +127,19 @@ class Source:
     def _fed(self, data: bytes) -> None:
         if self._stopped:
             return
-        if data:
-            self._in_flight += len(data)
-            self._chunks.append(len(data))
-            self.sent += len(data)
+        if not data:
+            self._ended = True
+            if self._open:
+                self._feed(b"")
+        elif self._open:
+            self._pass_on(data)
+        else:
+            self._held.append(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        self._in_flight += len(data)
+        self._chunks.append(len(data))
+        self.sent += len(data)
         self._feed(data)
 
 
@@ -197,6 +220,11 @@ class Streams:
         """The job takes input now."""
         if self._source is not None:
             self._source.start()
+
+    def pause(self) -> None:
+        """No job is there to take it."""
+        if self._source is not None:
+            self._source.pause()
 
     def output(self, stream: int, data: bytes) -> None:
         self._sinks[stream].put(data)

@@ -47,6 +47,8 @@ class Images:
         self._fetched: Directory | None = None
         self._copy: Directory | None = None
         self._released: Dumping | None = None
+        self._newest: Dumping | None = None
+        """That was released: only that one is worth to be flushed again."""
         self._flushes: set[asyncio.Task[None]] = set()
         self._ended = False
         self._over = False
@@ -111,6 +113,7 @@ class Images:
 
     async def release(self, dumping: Dumping) -> None:
         """From now on it can be flushed, and is ours."""
+        self._newest = dumping
         await self.supersede(dumping)
 
     async def supersede(self, by: Dumping | None = None) -> None:
@@ -176,7 +179,7 @@ class Images:
                 finished = await transfer.run(moved)
         except Exception as error:
             log.warning("capsule %s: flush of checkpoint %d failed: %s", self._name, sequence, printable(str(error)))
-            if self._released is None and not self._ended:
+            if released is self._newest and not self._ended:
                 self._released = released  # it may be tried again
             else:
                 await remove(released.directory)

@@ -13,8 +13,10 @@ import re
 import resource
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -265,6 +267,40 @@ async def flush_fails(store: str, small: str) -> None:
         await echoes(made)
         await made.expect(m.Destroy(), m.Destroyed)
         assert identifier
+
+
+async def stopped_transfer(known: set[int]) -> set[int]:
+    """The processes of a transfer that has just begun, which are stopped."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            found = subprocess.run(["pgrep", "-f", "hpccr.noded.transfer"], capture_output=True, text=True).stdout
+            if fresh := {int(pid) for pid in found.split()} - known:
+                for pid in fresh:
+                    os.kill(pid, signal.SIGSTOP)
+                return fresh
+            await asyncio.sleep(0)
+
+
+@case
+async def flush_overtaken_fails() -> None:
+    """A flush that the final checkpoint's has overtaken fails, and then that one: what the spool has of the final
+    checkpoint is all that is left of the job, and can still be flushed."""
+    async with capsule() as made:
+        await running(made)
+        await checkpointed(made)
+        await made.expect(m.Flush(directory="/proc/x"), m.FlushStarted)
+        first = await stopped_transfer(set())
+        await checkpointed(made, sequence=2, kill=True)
+        await made.expect(m.Flush(directory="/proc/x"), m.FlushStarted)
+        second = await stopped_transfer(first)
+        for sequence, pids in ((1, first), (2, second)):
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            assert (await made.expect_event(m.FlushFailed)).sequence == sequence
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as store:
+            await made.expect(m.Flush(directory=f"{store}/2"), m.FlushStarted)
+            assert (await made.expect_event(m.Flushed)).sequence == 2
+        await made.expect(m.Destroy(), m.Destroyed)
 
 
 @case

@@ -29,7 +29,7 @@ ALONE = ("basic", "identity", "abort", "probe", "garbage", "wrong-create", "out-
 ALONE += ("unread", "many-leases", "forged-tickets", "foreign-namespaces", "pair", "no-low-ports")
 STORING = ("checkpoint", "kill-at-release", "flush-outlives", "damaged", "ends-before-unhold")
 ROOT = ("forged-packets", "impatient", "embedded", "second", "unit-capabilities", "stopped", "orphaned")
-ROOT += ("foreign-mounts", "spool-fills")
+ROOT += ("foreign-mounts", "spool-fills", "flush-overtaken-fails")
 STATES = (
     "creating",
     "created",

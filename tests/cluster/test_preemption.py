@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 import time
 from pathlib import Path
 
 from jobs import Job, Jobs
+from nodes import stopped
 from waiting import rounds, wait_for
 from workloads import ENOUGH, Workloads, check_counter, counter
 
@@ -85,3 +88,27 @@ def test_suspended_and_resumed_while_it_is_checkpointed(jobs: Jobs, workloads: W
     job.requeue()
     finish(job)
     assert not job.events("lost") and job.events("released")
+
+
+def test_a_stop_that_stops_nothing_keeps_checkpoints_off_only_for_a_while(jobs: Jobs) -> None:
+    """^Z in a terminal looks like what `scontrol suspend` begins with, and no SIGCONT needs to follow."""
+    job = jobs.sbatch(counter(), ["--checkpoint=requeue"])
+    job.wait_event("started")
+    (coordinator,) = jobs.cluster.pids(job.slurm().nodes[0], r"hpccr run --batch")
+    os.kill(coordinator, signal.SIGTSTP)
+    assert "is suspended" in job.hpccr("checkpoint").stderr
+    wait_for("a checkpoint", lambda: job.hpccr("checkpoint").returncode == 0)
+    finish(job)
+
+
+def test_interrupted_before_it_runs(jobs: Jobs) -> None:
+    """There is no command yet that the signal could be passed to."""
+    cluster = jobs.cluster
+    with stopped([cluster.hpccrd(node) for node in cluster.nodes]):
+        job = jobs.sbatch(counter(), ["--checkpoint=requeue"])
+        job.wait_event("boot")
+        wait_for("a capsule", lambda: job.status()["status"]["phase"] == "creating")
+        (coordinator,) = cluster.pids(job.slurm().nodes[0], r"hpccr run --batch")
+        os.kill(coordinator, signal.SIGINT)
+    job.wait_over()
+    assert not job.events("started") and not job.said()

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import itertools
 import os
+import signal
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
@@ -126,6 +127,7 @@ class Scene:
         self.events: Counter[str] = Counter()
         self.told: list[str] = []
         self.left = self.stopped = 0
+        self.checkpoints = Checkpoints(step=step, site=self.site, keep=2, left=self._leave, warn=self.told.append)
         self.boot = Boot(
             config=Config(),
             step=step,
@@ -136,10 +138,10 @@ class Scene:
             secret="",
             source=None,
             event=lambda name, **details: self.events.update((name,)),
+            check=self.checkpoints.check,
         )
         for capsule in self.capsules:
             capsule.boot = self.boot
-        self.checkpoints = Checkpoints(step=step, site=self.site, keep=2, left=self._leave, warn=self.told.append)
         self.departure = Departure(
             site=self.site,
             checkpoints=self.checkpoints,
@@ -223,6 +225,53 @@ def test_it_ends_a_checkpoint_that_is_being_prepared(step: Step) -> None:
     play(acts())
 
 
+def test_it_overtakes_the_first_of_the_two_that_a_requeue_makes(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one may take minutes to become durable, and the job runs on meanwhile."""
+    monkeypatch.setattr(checkpoints, "FRESH", -1.0)
+
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.capsules[1].held.add("Flushed")
+        asked = asyncio.create_task(scene.checkpoints.leave(scene.boot, "requeue"))
+        while not scene.boot.flushes.pending(1):
+            await asyncio.sleep(0)
+        with pytest.raises(LockedError, match="already"):
+            await scene.checkpoints.leave(scene.boot, "requeue")
+        departing = asyncio.create_task(scene.departure.signalled(own=True))
+        await scene.until(Phase.KILLED)
+        for sequence in (1, 2):
+            scene.boot.message(scene.capsules[1], m.Flushed(sequence, 10, 0.1))
+        await departing
+        assert scene.left == 1 and scene.site.requeues == 1
+        with pytest.raises(LockedError, match="already"):
+            await asked
+
+    play(acts())
+
+
+def test_none_begins_in_a_job_that_is_about_to_be_stopped(step: Step) -> None:
+    """Also not one that was asked for before that, and had to wait."""
+
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.capsules[1].held.add("Prepare")
+        first, second = (
+            asyncio.create_task(scene.checkpoints.make(scene.boot, name, wait=True)) for name in ("first", "second")
+        )
+        await scene.until(Phase.PREPARING)
+        scene.checkpoints.suspended = True
+        scene.boot.cancel("the job is being suspended")
+        with pytest.raises(HpccrError, match="being suspended"):
+            await first
+        with pytest.raises(LockedError, match="is suspended"):
+            await second
+        assert scene.capsules[1].got["Prepare"] == 1
+
+    play(acts())
+
+
 # --- nobody is left dead ----------------------------------------------------------------------------------------------
 
 
@@ -234,7 +283,7 @@ def test_nobody_is_killed_while_the_manifest_cannot_be_written(step: Step) -> No
         with pytest.raises(HpccrError, match=r"cannot write .*checkpoint\.json: Permission denied"):
             await scene.checkpoints.leave(scene.boot, "requeue")
         step.path.chmod(0o700)
-        assert scene.boot.state.phase is Phase.RUNNING and not scene.checkpoints.leaving
+        assert scene.boot.state.phase is Phase.RUNNING and scene.checkpoints.staying.is_set()
         assert not scene.capsules[0].got["Release"] and not scene.left
 
     play(acts())
@@ -275,7 +324,7 @@ def test_a_job_that_slurm_does_not_take_back_is_restored_in_place(step: Step) ->
                 else:
                     await scene.checkpoints.final(scene.boot, "preempted")
             assert isinstance(scene.boot.outcome.result(), plan.StepLost)
-            assert not scene.left and not scene.checkpoints.leaving
+            assert not scene.left and scene.checkpoints.staying.is_set()
 
     play(acts())
 
@@ -361,5 +410,74 @@ def test_before_the_job_runs_there_is_nothing_to_save(step: Step) -> None:
             scene.site.why = [why]
             await scene.departure.signalled(own=True)
             assert (scene.left, scene.stopped, scene.site.requeues) == outcome
+
+    play(acts())
+
+
+@pytest.mark.parametrize("why", ["timeout", "cancelled"])
+def test_a_job_that_has_been_told_to_end_is_not_saved_any_more(step: Step, why: str) -> None:
+    """What is saved then would be a job in the middle of its end."""
+
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.site.why = [why]
+        scene.capsules[1].held.add("Dump")
+        under_way = asyncio.create_task(scene.checkpoints.make(scene.boot, "interval", wait=True))
+        await scene.until(Phase.DUMPING)
+        await scene.departure.signalled(own=True)
+        with pytest.raises(HpccrError, match="told to end"):
+            await under_way
+        with pytest.raises(LockedError, match="told to end"):
+            await scene.checkpoints.make(scene.boot, "interval", wait=True)
+        assert scene.capsules[0].got["Signal"] == 1 and scene.boot.state.phase is Phase.RUNNING
+
+    play(acts())
+
+
+def test_a_signal_that_comes_while_a_requeue_fails_is_acted_on(step: Step) -> None:
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.capsules[1].held.add("Prepare")
+        asked = asyncio.create_task(scene.checkpoints.leave(scene.boot, "requeue"))
+        await scene.until(Phase.PREPARING)
+        departing = asyncio.create_task(scene.departure.signalled(own=True))
+        await asyncio.sleep(0.01)
+        assert not departing.done() and not scene.events["terminate"]
+        scene.capsules[1].held.clear()
+        scene.boot.cancel("no room")
+        with pytest.raises(HpccrError, match="no room"):
+            await asked
+        await departing
+        assert scene.left == 1 and scene.events["terminate"] == 1
+
+    play(acts())
+
+
+def test_a_signal_after_the_end_means_nothing(step: Step) -> None:
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.site.why = ["timeout"]
+        scene.departure.finished = True
+        await scene.departure.signalled(own=True)
+        assert not scene.departure.why and not scene.stopped and not scene.capsules[0].got["Signal"]
+
+    play(acts())
+
+
+@pytest.mark.parametrize(("signum", "asked"), [(signal.SIGCONT, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 0)])
+def test_the_end_counts_at_once_only_where_it_was_asked_for(step: Step, signum: int, asked: int) -> None:
+    """Else every node is asked whether it is there: mpirun may be the first to see that one is not."""
+
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.boot.signal(signum)
+        scene.boot.message(scene.capsules[0], m.Exited(0))
+        await asyncio.sleep(0)
+        assert scene.capsules[1].got["Call"] == asked
+        assert scene.boot.outcome.done() is not bool(asked)
 
     play(acts())

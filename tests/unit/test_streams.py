@@ -381,6 +381,34 @@ def test_input_is_read_to_its_end_after_what_was_consumed(tmp_path: Path, skip: 
     assert read_source(data, skip, tmp_path, as_file=as_file) == data[skip:]
 
 
+def test_input_waits_for_the_job_that_is_restored() -> None:
+    fd, writer = os.pipe()
+
+    async def run() -> None:
+        got: list[bytes] = []
+        source = Source(fd, skip=0, feed=got.append)
+        source.start()
+        os.write(writer, b"before")
+        await until(lambda: got == [b"before"])
+        source.taken(6)
+        source.pause()
+        os.write(writer, b"meanwhile")
+        await until(lambda: source._held == [b"meanwhile"])
+        assert source.sent == 6
+        source.start()
+        assert got == [b"before", b"meanwhile"] and source.sent == 15
+        source.taken(9)
+        os.close(writer)
+        await until(lambda: not got[-1])
+        # Another restart: the new job's stdin ends as well.
+        source.pause()
+        got.clear()
+        source.start()
+        assert got == [b""]
+
+    asyncio.run(run())
+
+
 def test_kinds_of_streams(tmp_path: Path) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     reader, writer = os.pipe()
