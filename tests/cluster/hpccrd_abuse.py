@@ -155,8 +155,7 @@ async def out_of_order() -> None:
         await made.expect(m.Abort(reason="enough"), m.Aborted)
         await echoes(made)
         # Two at once: the second is refused at once, the first is answered.
-        await made.lease.send(m.Prepare(sequence=2, checkpoint=identifier))
-        await made.lease.send(m.Freeze())
+        await made.send_together(m.Prepare(sequence=2, checkpoint=identifier), m.Freeze())
         answers = {type(await made.next()), type(await made.next())}
         assert answers == {m.Failed, m.Prepared}, answers
         await made.expect(m.Destroy(), m.Destroyed)
