@@ -41,6 +41,7 @@ MARGIN = 15.0
 """Seconds added to the deadlines of phases: the capsule's own come first and say more."""
 LOOK_AT_SPOOL = 0.5
 """Seconds between two looks at the room in the spool during a dump."""
+SPOOL_FULL = "the spool is full but for node.spool_reserve"
 RELEASE = 300.0
 """Seconds for a release: the end of killed tasks may wait for their memory to be given back, or for a file server."""
 
@@ -355,12 +356,15 @@ class Lease:
     async def _do_dump(self, request: m.Dump) -> m.Dumped:
         dumping = present(self._dumping)
         timeout = self._node.config.checkpoint.dump_timeout + MARGIN
+        # A small job may be dumped, or CRIU find the disk full, before the watch comes to its first look.
+        if await asyncio.to_thread(self._node.spool.is_short):
+            raise HpccrError(f"the checkpoint was given up: {SPOOL_FULL}")
         watch = asyncio.create_task(self._until_spool_is_short())
         answering = asyncio.create_task(self._checkpointing(request, control.InitDumped, timeout))
         try:
             await asyncio.wait({watch, answering}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                await self.abort("the spool is full but for node.spool_reserve")
+                await self.abort(SPOOL_FULL)
             answer = await answering
         finally:
             watch.cancel()
@@ -374,6 +378,7 @@ class Lease:
         return m.Dumped(bytes=size)
 
     async def _until_spool_is_short(self) -> None:
+        await asyncio.sleep(LOOK_AT_SPOOL)
         while not await asyncio.to_thread(self._node.spool.is_short):
             await asyncio.sleep(LOOK_AT_SPOOL)
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import secrets
+import select
 import shutil
 import socket
 import struct
@@ -23,6 +24,7 @@ from hpccr.wire.frames import HEADER, encode
 from hpccrd_client import (
     DEADLINE,
     SOCKET,
+    WAIT,
     Capsule,
     capsule,
     case,
@@ -153,8 +155,7 @@ async def out_of_order() -> None:
         await made.expect(m.Abort(reason="enough"), m.Aborted)
         await echoes(made)
         # Two at once: the second is refused at once, the first is answered.
-        await made.lease.send(m.Prepare(sequence=2, checkpoint=identifier))
-        await made.lease.send(m.Freeze())
+        await made.send_together(m.Prepare(sequence=2, checkpoint=identifier), m.Freeze())
         answers = {type(await made.next()), type(await made.next())}
         assert answers == {m.Failed, m.Prepared}, answers
         await made.expect(m.Destroy(), m.Destroyed)
@@ -372,6 +373,33 @@ async def dump_without_room(spool: str) -> None:
         await echoes(made)
         assert os.listdir(spool) == []
         await checkpointed(made, sequence=2)
+        await made.expect(m.Destroy(), m.Destroyed)
+
+
+@case
+async def room_goes_during_a_dump(spool: str) -> None:
+    """Run by the case spool-fills. The dump is as long as it has to be: what tar writes of /tmp goes into a pipe."""
+    filler = Path(spool, "filler")
+    async with capsule() as made:
+        await running(made, job=("sh", "-c", f"head -c 1000000 /dev/urandom > /tmp/large; {WAIT[-1]}"))
+        await made.expect(m.Prepare(sequence=1, checkpoint="0" * 32), m.Prepared)
+        await made.expect(m.Freeze(), m.Frozen)
+        (directory,) = Path(spool).iterdir()
+        archive = directory / "private-1.tar"
+        os.mkfifo(archive, 0o600)
+        pipe = os.open(archive, os.O_RDWR)
+        await made.lease.send(m.Dump())
+        assert await asyncio.to_thread(select.select, [pipe], [], [], DEADLINE) == ([pipe], [], [])
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 120 << 20)
+        failed = await made.expect_event(m.Failed)
+        assert "spool is full" in failed.message, failed
+        os.close(pipe)
+        filler.unlink()
+        await echoes(made)
+        assert os.listdir(spool) == []
+        await checkpointed(made, sequence=2)
+        await made.expect(m.Destroy(), m.Destroyed)
 
 
 @case

@@ -52,6 +52,7 @@ from hpccrd_client import (
     start,
     step_key,
 )
+from leftovers import network_namespaces
 from talkers import TALKERS
 
 
@@ -589,7 +590,7 @@ def leftovers() -> list[str]:
     left = [line for line in lines("ip", "-br", "link") if line.startswith(("hp", "vxlan"))]
     left += [line for line in lines("nft", "list", "tables") if "hpccr" in line]
     left += [line for line in lines("ss", "-Hlun") if ":8473 " in line]
-    left += lines("lsns", "-n", "-t", "net", "-o", "PID,COMMAND")[1:]
+    left += [name for name in network_namespaces() if name != "own"]
     left += [line for line in lines("ps", "-eo", "args") if "hpccr.noded" in line or "capsule/launch" in line]
     left += os.listdir("/run/hpccr/capsules")
     left += [name for name in os.listdir("/var/spool/hpccr") if not name.startswith("kept-")]

@@ -14,7 +14,7 @@ from hpccr.agent.lease import Lease
 from hpccr.errors import ExitCode
 from hpccr.model import StepKey
 from hpccr.wire import messages as m
-from hpccr.wire.frames import Channel
+from hpccr.wire.frames import Channel, encode
 
 SOCKET = os.environ.get("HPCCRD_SOCKET", "/run/hpccr/hpccrd.sock")
 RELAY_PORT = 7999
@@ -61,6 +61,11 @@ class Capsule:
         else:
             await self.lease.send(message)
         return await self.next()
+
+    async def send_together(self, *messages: m.Message) -> None:
+        """In one write: hpccrd has all of them before it can have done the first."""
+        assert isinstance(self.lease, Lease)
+        await asyncio.get_running_loop().sock_sendall(self.lease._sock, b"".join(map(encode, messages)))
 
     async def next(self, *, deadline: float | None = DEADLINE) -> Any:
         async with asyncio.timeout(deadline):

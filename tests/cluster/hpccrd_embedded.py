@@ -125,7 +125,7 @@ async def spool_fills() -> None:
         try:
             with hpccrd(directory, options=[f"--config={directory}/toml"]):
                 environment = os.environ | {"HPCCRD_SOCKET": f"{directory}/own/sock"}
-                for case in ("dump-without-room", "given-up-while-room-is-made"):
+                for case in ("dump-without-room", "room-goes-during-a-dump", "given-up-while-room-is-made"):
                     subprocess.run([sys.executable, sys.argv[0], case, spool], env=environment, check=True)
         finally:
             subprocess.run(["umount", spool], check=True)

@@ -215,21 +215,9 @@ def test_hpccrd_ends(cluster: Cluster, node: str, kill: bool) -> None:
     check(cluster, node, "basic")
 
 
-@pytest.mark.parametrize("kill", [True, False])
-def test_flush_outlives_hpccrd(cluster: Cluster, node: str, store: str, kill: bool) -> None:
-    """hpccrd ends in the middle of a flush: its successor leaves that alone, and it comes to its end."""
-    directory = f"{store}/late"
-    case = cluster.popen(node, PYTHON, CHECKS, "flush-here", directory, user="user1", stderr=None)
-    with ended(case):
-        (transfer,) = wait_for("the transfer", lambda: cluster.pids(node, r"-m hpccr\.noded\.transfer") or None)
-        os.kill(transfer, signal.SIGSTOP)
-        end_hpccrd(cluster, node, kill=kill)
-        case.kill()
-        assert not cluster.here(f"{directory}/fragment.json").exists()
-        assert cluster.check(node, "ls", "/var/spool/hpccr").split()
-        os.kill(transfer, signal.SIGCONT)
-    wait_for("the fragment", cluster.here(f"{directory}/fragment.json").exists)
-    check(cluster, node, "clean", user="root")
+def transfers(cluster: Cluster, node: str, daemon: int) -> list[int]:
+    """Not what they have just forked, which looks like them until it executes its program."""
+    return [pid for pid in cluster.pids(node, r"-m hpccr\.noded\.transfer") if parent(pid) == daemon]
 
 
 def parent(pid: int) -> int:
@@ -239,6 +227,24 @@ def parent(pid: int) -> int:
         return 0
 
 
+@pytest.mark.parametrize("kill", [True, False])
+def test_flush_outlives_hpccrd(cluster: Cluster, node: str, store: str, kill: bool) -> None:
+    """hpccrd ends in the middle of a flush: its successor leaves that alone, and it comes to its end."""
+    directory, daemon = f"{store}/late", cluster.hpccrd(node)
+    case = cluster.popen(node, PYTHON, CHECKS, "flush-here", directory, user="user1", stderr=None)
+    with ended(case):
+        found = wait_for("the transfer", lambda: transfers(cluster, node, daemon))
+        assert len(found) == 1
+        send(signal.SIGSTOP, found)
+        end_hpccrd(cluster, node, kill=kill)
+        case.kill()
+        assert not cluster.here(f"{directory}/fragment.json").exists()
+        assert cluster.check(node, "ls", "/var/spool/hpccr").split()
+        send(signal.SIGCONT, found)
+    wait_for("the fragment", cluster.here(f"{directory}/fragment.json").exists)
+    check(cluster, node, "clean", user="root")
+
+
 def test_flushes_that_wait_for_their_turn_begin_when_hpccrd_stops(cluster: Cluster, node: str, store: str) -> None:
     """Of checkpoints whose jobs are killed, as by a requeue of all of a user's jobs before a maintenance."""
     directory, turns, waiting, jobs = f"{store}/many", 8, 3, 16
@@ -246,16 +252,12 @@ def test_flushes_that_wait_for_their_turn_begin_when_hpccrd_stops(cluster: Clust
 
     daemon = cluster.hpccrd(node)
 
-    def transfers() -> list[int]:
-        """Not what they have just forked, which looks like them until it executes its program."""
-        return [pid for pid in cluster.pids(node, r"-m hpccr\.noded\.transfer") if parent(pid) == daemon]
-
     def fragment(number: int) -> Path:
         return cluster.here(f"{directory}/{number}/fragment.json")
 
     def stopped(count: int) -> bool:
         """All there are are stopped, and that many; or one came to its end before it could be."""
-        found = transfers()
+        found = transfers(cluster, node, daemon)
         send(signal.SIGSTOP, found)
         return len(found) == count or fragment(begun - 1).exists()
 
@@ -266,14 +268,14 @@ def test_flushes_that_wait_for_their_turn_begin_when_hpccrd_stops(cluster: Clust
             case.stdin.flush()
             assert case.stdout.readline().strip() == "began"
 
-        while (count := len(transfers())) < turns:
+        while (count := len(transfers(cluster, node, daemon))) < turns:
             begin()
             begun += 1
             wait_for("the transfer", lambda count=count + 1: stopped(count), every=0.001)
         for _ in range(waiting):
             begin()
         case.stdin.close()
-        held = transfers()
+        held = transfers(cluster, node, daemon)
         try:
             assert len(held) == turns
             end_hpccrd(cluster, node, kill=False)

@@ -108,7 +108,9 @@ def spool(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def flush(tmp_path: Path, script: Callable[[Peer], None], files: dict[str, bytes], stall: float = 10.0) -> Any:
+def flush(
+    tmp_path: Path, script: Callable[[Peer], None], files: dict[str, bytes], kind: type[Scripted] = Scripted
+) -> Any:
     directory = spool(tmp_path / "spool")
     for name, content in files.items():
         (tmp_path / "spool" / name).write_bytes(content)
@@ -116,7 +118,7 @@ def flush(tmp_path: Path, script: Callable[[Peer], None], files: dict[str, bytes
         user=USER, key=KEY.secret, directory="/s", spool=str(tmp_path / "spool"), fragment=fragment(), level=7
     )
     try:
-        return transfer.flush(job, directory, worker=lambda mode, user: Scripted(script, stall))
+        return transfer.flush(job, directory, worker=lambda mode, user: kind(script))
     finally:
         os.close(directory)
 
@@ -282,6 +284,8 @@ def test_a_worker_that_makes_no_progress(tmp_path: Path, dribble: bool) -> None:
             super().close()
 
     directory = spool(tmp_path / "spool")
+    with (tmp_path / "spool" / "a.img").open("wb") as file:
+        file.truncate(100 << 20)  # so that the time for all of it is long, and only the worker's silence is too long
     job = FlushJob(user=USER, key=KEY.secret, directory="/s", spool="/none", fragment=fragment())
     with pytest.raises(HpccrError, match="no progress"):
         transfer.flush(job, directory, worker=lambda mode, user: Closing(worker, 0.2))
@@ -470,8 +474,15 @@ def test_a_worker_that_only_seems_to_work_is_ended(
                 peer.say(t="moved", done=0, files=0)
                 time.sleep(0.02)
 
+    class Hurried(Scripted):
+        """Patient with a silent worker, for a stall of this machine is no silence, but not with all in all."""
+
+        def allow(self, count: int) -> None:
+            super().allow(count)
+            self.ends -= 2 * self._stall - 0.3
+
     with pytest.raises(HpccrError, match="MiB a second"):
-        flush(tmp_path, worker, {"a.img": b"x"}, stall=0.3)
+        flush(tmp_path, worker, {"a.img": b"x"}, Hurried)
 
 
 YIELDING = """
