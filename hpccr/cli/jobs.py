@@ -130,7 +130,7 @@ def find_checkpoint(step: Step, sequence: int | None) -> Checkpoint:
 class Summary:
     """A checkpoint in a line. created, freeze_seconds, reason, capsules: None while its manifest is not there.
 
-    done, total: bytes of the flushes under way."""
+    done, total: bytes of the flushes under way. abandoned: in words, that the job has not gone on from it."""
 
     sequence: int
     state: State
@@ -144,6 +144,7 @@ class Summary:
     path: str
     done: int
     total: int
+    abandoned: str
 
 
 def summarise(checkpoint: Checkpoint) -> Summary:
@@ -170,6 +171,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         path=str(checkpoint.path),
         done=state.done,
         total=state.total,
+        abandoned=state.abandoned,
     )
 
 

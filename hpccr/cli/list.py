@@ -124,6 +124,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _newest(step: Step) -> Summary | None:
     for checkpoint in step.checkpoints():
         summary = summarise(checkpoint)
-        if summary.state is State.COMPLETE:
+        if summary.state is State.COMPLETE and not summary.abandoned:
             return summary
     return None

@@ -58,7 +58,7 @@ def _check(step: Step, checkpoint: Checkpoint, *, force: bool) -> None:
     record = step.record()
     if force or state is not State.COMPLETE or (record is not None and record.state == FINISHED):
         return
-    if checkpoint == step.complete()[0]:
+    if [checkpoint] == step.complete()[:1]:
         raise LockedError(
             f"checkpoint {checkpoint.sequence} is what step {step.key} would be restored from",
             hint="--force removes it all the same",

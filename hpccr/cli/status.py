@@ -111,6 +111,8 @@ def print_checkpoints(checkpoints: list[Summary]) -> None:
     rows = []
     for found in checkpoints:
         note = found.problem if found.state is not State.COMPLETE else found.reason or ""
+        if found.abandoned:
+            note = f"{note}; abandoned: {found.abandoned}".removeprefix("; ")
         if found.state is State.FLUSHING:
             note = f"{size(found.done)} of {size(found.total)} taken over; {note}"
         rows.append(

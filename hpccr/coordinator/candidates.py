@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from hpccr.coordinator.recovery import DAMAGED, MAX_BOOTS
 from hpccr.errors import CorruptError, ExitCode, HpccrError, NoCheckpointError, PeerLostError, error_for
 from hpccr.model import Manifest
+from hpccr.store import abandoned
 from hpccr.store.layout import Checkpoint, State, Step
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class Candidates:
         return await asyncio.to_thread(checkpoint.manifest)
 
     async def newest(self) -> Manifest | None:
-        """The newest complete one, waiting for one whose flush is still going on; None if there is none.
+        """The newest complete one of what the job has become (store.abandoned), waiting for one whose flush is still
+        going on; None if there is none.
 
         Raises HpccrError if there were checkpoints, but nothing is left that can be restored: CorruptError if one of
         them is damaged.
@@ -67,6 +69,9 @@ class Candidates:
                 left_out.append((checkpoint.sequence, self._refused[checkpoint.sequence]))
                 continue
             try:
+                if left := await asyncio.to_thread(abandoned.found, checkpoint.path):
+                    log.info("checkpoint %d is passed over: %s", checkpoint.sequence, left)
+                    continue
                 if await self._settled(checkpoint) is State.COMPLETE:
                     return await asyncio.to_thread(checkpoint.manifest)
                 found = await asyncio.to_thread(checkpoint.state)

@@ -25,6 +25,7 @@ from hpccr.coordinator.server import Member
 from hpccr.coordinator.streams import Positions, Streams
 from hpccr.errors import ExitCode, HpccrError, LockedError, PeerLostError, error_for
 from hpccr.model import FORMAT, Manifest
+from hpccr.store import abandoned
 from hpccr.store.layout import Checkpoint, Step
 from hpccr.store.publish import make_directory, publish
 from hpccr.wire import messages as m
@@ -88,6 +89,7 @@ class Boot:
             source=source,
             files=file_rules(config, step, streams.paths),
         )
+        self._restarts = incarnation > 0
         self.source = source
         self._event = event
         self._check = check
@@ -243,9 +245,26 @@ class Boot:
         if phase is Phase.FREEZING:
             self._freezing = time.monotonic()
         self._arm(phase)
+        if phase is Phase.RESUMING or (phase is Phase.STARTING and self._restarts):
+            self._spawn(self._go_on(phase, capsules))
+        else:
+            self._ask(phase, capsules)
+
+    def _ask(self, phase: Phase, capsules: tuple[int, ...]) -> None:
         for capsule in capsules:
             elsewhere = self._elsewhere.get(capsule, ())
             self._members[capsule].post(self._requests.message(phase, capsule, self.state, self._patience, elsewhere))
+
+    async def _go_on(self, phase: Phase, capsules: tuple[int, ...]) -> None:
+        """From here on it is another history than that of checkpoints after its source, which may still be flushed."""
+        source = self.source.sequence if self.source else 0
+        try:
+            for sequence in await asyncio.to_thread(abandoned.go_on, self._step, source):
+                self._event("abandoned", sequence=sequence, source=source)
+        except OSError as error:
+            log.warning("cannot mark the checkpoints after %d: %s", source, error)
+        if self.state.phase is phase:
+            self._ask(phase, capsules)
 
     def _arm(self, phase: Phase) -> None:
         """Set the phase's deadline. Time in which this process did not run (`scontrol suspend`) does not count."""

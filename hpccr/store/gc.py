@@ -25,11 +25,13 @@ GRACE = 300.0
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint as the decision sees it. changed: when anything in it last changed (seconds since the epoch)."""
+    """A checkpoint as the decision sees it. changed: when anything in it last changed (seconds since the epoch).
+    abandoned: the job has gone on from an older one."""
 
     sequence: int
     state: State
     changed: float
+    abandoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ def superfluous(entries: Sequence[Entry], *, keep: int, now: float) -> list[int]
     """The numbers of the checkpoints to remove, newest first.
 
     Kept: the `keep` (at least one) newest complete ones; the one with the highest number, whatever its state; and
-    everything that is being flushed or changed within GRACE.
+    everything that is being flushed or changed within GRACE. An abandoned one stays until it would have to go if the
+    job had gone on from it.
     """
     entries = sorted(entries, key=lambda entry: entry.sequence, reverse=True)
-    complete = [entry.sequence for entry in entries if entry.state is State.COMPLETE]
-    kept = set(complete[: max(keep, 1)])
+    complete = [entry.sequence for entry in entries if entry.state is State.COMPLETE and not entry.abandoned]
+    keep = max(keep, 1)
+    last = complete[keep - 1] if len(complete) >= keep else 0
+    kept = set(complete[:keep])
+    kept |= {e.sequence for e in entries if e.abandoned and e.state is State.COMPLETE and e.sequence > last}
     return [
         entry.sequence
         for entry in entries[1:]
@@ -65,7 +71,10 @@ def collect(step: Step, *, keep: int, now: float | None = None, dry: bool = Fals
     now = time.time() if now is None else now
     if not step.path.is_dir():
         return Collected((), 0)
-    entries = [Entry(c.sequence, c.state(now=now).state, _changed(c)) for c in step.checkpoints()]
+    entries = []
+    for checkpoint in step.checkpoints():
+        state = checkpoint.state(now=now)
+        entries.append(Entry(checkpoint.sequence, state.state, _changed(checkpoint), bool(state.abandoned)))
     removed = superfluous(entries, keep=keep, now=now)
     doomed = [step.checkpoint(sequence).path for sequence in removed]
     space = _Space()

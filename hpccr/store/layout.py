@@ -1,7 +1,8 @@
 """Where things are in a store, and reading them. Nothing here writes (see publish, steps, events, gc).
 
     STORE/<cluster>-<job>/<step>/ step.json  endpoint.json  events.jsonl  run-<incarnation>
-        ckpt-000007/ checkpoint.json  [damaged.json]  capsule-0/{fragment.json, flush.json, files...}  capsule-1/...
+        ckpt-000007/ checkpoint.json  [damaged.json]  [abandoned.json]
+            capsule-0/{fragment.json, flush.json, files...}  capsule-1/...
 
 There is no central commit: a checkpoint is complete when checkpoint.json and the fragment of every capsule it counts
 are there and belong together, and nobody has found it damaged. fragment.json is the last file of its capsule to appear.
@@ -31,7 +32,7 @@ from hpccr.model import (
     StepRecord,
     parse_job_directory,
 )
-from hpccr.store import damage
+from hpccr.store import abandoned, damage
 from hpccr.store.publish import read_if_there
 
 STEP_NAME = "step.json"
@@ -64,6 +65,7 @@ class CheckpointState:
     """missing: capsules without a fragment (all that are known of when the manifest is missing too).
 
     problem: why it is incomplete, in words; empty otherwise. done/total: bytes of the flushes under way.
+    abandoned: in words, that the job has not gone on from it (store.abandoned); empty otherwise.
     """
 
     state: State
@@ -71,6 +73,7 @@ class CheckpointState:
     problem: str = ""
     done: int = 0
     total: int = 0
+    abandoned: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,13 @@ class Checkpoint:
     def state(self, *, now: float | None = None) -> CheckpointState:
         """What can be said of it without reading the images (verify does). Raises OSError."""
         missing, problem = self._missing()
+        left = abandoned.found(self.path)
         if not missing and not problem:
-            return CheckpointState(State.COMPLETE)
+            return CheckpointState(State.COMPLETE, abandoned=left)
         if flushes := self.flushes(now=now):
             done, total = sum(f.done for f in flushes), sum(f.total for f in flushes)
-            return CheckpointState(State.FLUSHING, missing, problem, done, total)
-        return CheckpointState(State.INCOMPLETE, missing, problem)
+            return CheckpointState(State.FLUSHING, missing, problem, done, total, left)
+        return CheckpointState(State.INCOMPLETE, missing, problem, abandoned=left)
 
     def _missing(self) -> tuple[tuple[int, ...], str]:
         try:
@@ -249,8 +253,11 @@ class Step:
         return [Checkpoint(self, number) for number in sorted(numbers, reverse=True) if number > 0]
 
     def complete(self) -> list[Checkpoint]:
-        """The complete checkpoints, newest first: the order in which a restore tries them. Raises OSError."""
-        return [checkpoint for checkpoint in self.checkpoints() if checkpoint.complete]
+        """The complete checkpoints but for abandoned ones, newest first: the order in which a restore tries them.
+
+        Raises OSError."""
+        found = ((checkpoint, checkpoint.state()) for checkpoint in self.checkpoints())
+        return [checkpoint for checkpoint, s in found if s.state is State.COMPLETE and not s.abandoned]
 
     def next_sequence(self) -> int:
         """The number for the next checkpoint: above every one that has a directory, in whatever state.

@@ -234,6 +234,32 @@ def flush_held(job: Job) -> Iterator[tuple[str, list[int]]]:
     assert client.returncode == 0
 
 
+def test_what_was_passed_over_is_not_gone_back_to(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
+    """A node is lost while the newest checkpoint is not flushed there, and the job goes on from the one before. That
+    the flush ends after all does not make it the job's again, whose files and output are another history's by then."""
+    job = start(jobs, workloads)
+    job.checkpoint()
+    node = job.slurm().nodes[1]
+
+    def lose(count: int) -> None:
+        (agent,) = cluster.pids(node, r"-m hpccr agent|/hpccr agent")
+        os.kill(agent, signal.SIGKILL)
+        assert job.wait_event("restored", count, within=120)["sequence"] == 1
+
+    client = cluster.popen("ctl", "hpccr", "checkpoint", "--wait", str(job.id), user="user1")
+    with stopped(new_pids(cluster, node, set())):
+        job.wait_event("released", 2)
+        lose(1)
+    client.communicate(timeout=60)
+    assert client.returncode != 0
+    wait_for("its flush", lambda: complete(job) == [2, 1])
+    assert [(event["sequence"], event["source"]) for event in job.events("abandoned")] == [(2, 1)]
+    assert "abandoned: the job went on from checkpoint 1" in job.hpccr_ok("status")
+    lose(2)
+    assert job.checkpoint()["sequence"] == 3
+    goes_on(job, workloads)
+
+
 def test_killed_flushes(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     """Either process of a flush is killed, at any moment: what is listed as complete is whole, and the job goes on."""
     job = start(jobs, workloads)

@@ -13,6 +13,7 @@ from hpccr.coordinator.recovery import MAX_BOOTS
 from hpccr.coordinator.succession import Succession
 from hpccr.errors import CorruptError, ExitCode, HpccrError, LockedError
 from hpccr.model import StepKey
+from hpccr.store import abandoned
 from hpccr.store.layout import Step, Store
 from hpccr.store.steps import claim_step, last_run
 
@@ -38,6 +39,26 @@ def step(tmp_path: Path) -> Step:
     for sequence in (1, 2):
         write(step.checkpoint(sequence), capsules=1)
     return step
+
+
+def newest(step: Step) -> int | None:
+    found = asyncio.run(Candidates(step, lambda text: None).newest())
+    return found.sequence if found else None
+
+
+def test_what_the_job_did_not_go_on_from(step: Step) -> None:
+    assert abandoned.go_on(step, 2) == [] and newest(step) == 2
+    assert abandoned.go_on(step, 1) == [2] and newest(step) == 1
+    assert step.checkpoint(2).state().abandoned == "the job went on from checkpoint 1"
+    assert [checkpoint.sequence for checkpoint in step.complete()] == [1]
+    write(step.checkpoint(3), capsules=1)
+    assert abandoned.go_on(step, 3) == [] and newest(step) == 3
+    # Somebody names the one that was abandoned.
+    assert asyncio.run(Candidates(step, lambda text: None).exactly(2)).sequence == 2
+    assert abandoned.go_on(step, 2) == [3] and newest(step) == 2
+    # From the beginning: what there is left is no reason not to begin anew.
+    assert abandoned.go_on(step, 0) == [2, 1] and newest(step) is None
+    assert step.checkpoint(1).state().abandoned == "the job began anew"
 
 
 def nothing_left(step: Step, fruitless: dict[int, int], refusals: dict[int, HpccrError]) -> HpccrError:

@@ -444,6 +444,19 @@ def test_what_gc_may_remove(states: list[tuple[State, float]], keep: int) -> Non
         assert entries[-1].sequence not in removed, "its number could be used again"
 
 
+def test_gc_does_not_count_what_the_job_did_not_go_on_from() -> None:
+    """Nor does it go before it would have, had the job gone on from it."""
+
+    def removed(*abandoned: bool) -> list[int]:
+        entries = [gc.Entry(number, State.COMPLETE, 0, left) for number, left in enumerate(abandoned, 1)]
+        return gc.superfluous(entries, keep=2, now=10_000)
+
+    assert removed(False, False, True) == removed(False, False, True, True) == []
+    assert removed(False, False, True, False) == [1]
+    assert removed(False, False, True, False, False) == [3, 2, 1]
+    assert removed(False, True, True) == removed(True, True, True) == []
+
+
 def test_gc_removes_what_is_old_and_nothing_else(step: Step) -> None:
     for sequence in (1, 2, 4, 5):
         write(step.checkpoint(sequence))
