@@ -9,7 +9,7 @@ from typing import Any
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint, find_step
 from hpccr.cli.output import ProgressLine, print_json, size
 from hpccr.config import Config
-from hpccr.errors import ExitCode
+from hpccr.errors import ExitCode, NoCheckpointError
 from hpccr.store import damage
 from hpccr.store.layout import Checkpoint
 from hpccr.store.verify import Finding, verify
@@ -40,6 +40,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
             line.show(f"{size(read)} read")
 
         findings = verify(checkpoint, read=count)
+    if findings and not checkpoint.path.exists():
+        raise NoCheckpointError(
+            f"checkpoint {checkpoint.sequence} of {checkpoint.step.key} was removed while it was read",
+            hint="newer ones have taken its place (store.keep): `hpccr status` shows them",
+        )
     try:
         _note(checkpoint, findings)
     except OSError as error:

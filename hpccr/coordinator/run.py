@@ -563,8 +563,9 @@ class Coordinator:
 
     async def _on_usr1(self) -> None:
         try:
-            if self._boot is not None:
-                await self._checkpoints.make(self._boot, "signal", wait=True)
+            if self._boot is None:
+                raise HpccrError("the job is not running yet")
+            await self._checkpoints.make(self._boot, "signal", wait=True)
         except HpccrError as error:
             self._loud(f"no checkpoint on SIGUSR1: {error.message}")
 

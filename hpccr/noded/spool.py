@@ -119,11 +119,14 @@ class Area:
     def leftovers(self) -> list[Directory]:
         """Directories whose owner is gone, now locked by us."""
         found = []
-        for name in sorted(os.listdir(self.root)):
+        for name in self._owned():
             directory = _lock(os.path.join(self.root, name), wait=False)
             if directory is not None:
                 found.append(directory)
         return found
+
+    def _owned(self) -> list[str]:
+        return sorted(os.listdir(self.root))
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -153,14 +156,9 @@ class Spool(Area):
         super().__init__(limits.root)
         self.limits = limits
 
-    def leftovers(self) -> list[Directory]:
-        found = []
-        for directory in super().leftovers():
-            if directory.name.startswith(KEPT):
-                directory.release()
-            else:
-                found.append(directory)
-        return found
+    def _owned(self) -> list[str]:
+        # Kept images have no owner; whoever is about to remove one must not find it locked by a mere look.
+        return [name for name in super()._owned() if not name.startswith(KEPT)]
 
     def room(self, *, evicting: bool = True) -> int:
         """Bytes that may be written here; evicting: if kept images go that nobody reads. Never negative."""

@@ -24,8 +24,9 @@ from hpccr.cli.nodecheck import NodeReport, compare
 from hpccr.cli.run import _agent_command
 from hpccr.coordinator.status import CheckpointStatus, StepStatus, encode_status
 from hpccr.model import FORMAT, EndpointRecord, StepKey
-from hpccr.store import elsewhere, events, publish
-from hpccr.store.layout import Step, Store
+from hpccr.store import elsewhere, events, publish, verify
+from hpccr.store.layout import Checkpoint, Step, Store
+from hpccr.store.verify import Finding
 from hpccr.wire import messages as m
 from hpccr.wire.frames import Channel
 from hpccr.wire.handshake import HandshakeError, authenticate, new_secret
@@ -328,6 +329,16 @@ def test_verify(hpccr: Call, step: Step) -> None:
     assert [c.sequence for c in step.complete()] == [2, 1]
     assert hpccr("verify", "17", "3").code == 12  # never finished: there is nothing to mark
     assert not (step.checkpoint(3).path / "damaged.json").exists()
+
+
+def test_what_gc_removes_is_not_damaged(hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(checkpoint: Checkpoint, **options: Any) -> list[Finding]:
+        publish.remove_tree(checkpoint.path)
+        return verify.verify(checkpoint, **options)
+
+    monkeypatch.setattr("hpccr.cli.verify.verify", slow)
+    done = hpccr("verify", "17", "1")
+    assert done.code == 10 and "was removed while it was read" in done.err and not done.out
 
 
 def test_gc(hpccr: Call, step: Step) -> None:
