@@ -70,11 +70,20 @@ class Job:
 
     # --- what happens to it -------------------------------------------------------------------------------------
 
+    def records(self) -> list[dict[str, Any]]:
+        """Slurm's record of it; of an array's id those of all its tasks."""
+
+        def look() -> list[dict[str, Any]]:
+            found = self.cluster.check("ctl", "scontrol", "show", "job", str(self.id), "--json")
+            return json.loads(found)["jobs"]  # type: ignore[no-any-return]
+
+        # The job is known for longer than any test lasts (MinJobAge): an empty list, with exit code 0, is what scontrol
+        # gives when slurmctld has not answered within MessageTimeout.
+        return wait_for(f"Slurm's word on job {self.id}", look, within=30)
+
     def slurm(self) -> Slurm:
         """Slurm's view of it now."""
-        found = self.cluster.check("ctl", "scontrol", "show", "job", str(self.id), "--json")
-        # Of an array's id Slurm shows all tasks.
-        (job,) = (job for job in json.loads(found)["jobs"] if job["job_id"] == self.id)
+        (job,) = (job for job in self.records() if job["job_id"] == self.id)
         listed = job["job_resources"].get("nodes", {}) if job.get("job_resources") else {}
         nodes = tuple(node["name"] for node in listed.get("allocation", ()))
         code = job["exit_code"]

@@ -31,8 +31,8 @@ def refusal(cluster: Cluster, *command: str) -> str:
 
 
 def show(job: Job) -> dict[str, object]:
-    (found,) = json.loads(job.cluster.check("ctl", "scontrol", "show", "job", str(job.id), "--json"))["jobs"]
-    return found  # type: ignore[no-any-return]
+    (found,) = job.records()
+    return found
 
 
 def variables(job: Job) -> dict[str, str]:
@@ -400,7 +400,7 @@ def test_an_array_of_six_a_job_that_waits_for_its_end_and_a_time_limit(jobs: Job
     assert "checkpoint 1 of" in cluster.check("ctl", "hpccr", "checkpoint", f"{job.id}_3", user=job.user)
     cluster.check("ctl", "scontrol", "requeue", str(job.id), user=job.user)
     after.wait_success()
-    tasks = json.loads(cluster.check("ctl", "scontrol", "show", "job", str(job.id), "--json"))["jobs"]
+    tasks = job.records()
     assert len(tasks) == 6
     for found in tasks:
         number, task = found["job_id"], found["array_task_id"]["number"]
