@@ -105,10 +105,16 @@ class Job:
             found.append((values["JobState"], values["ExitCode"], values["DerivedExitCode"]))
         return found
 
-    def mails(self) -> list[str]:
-        """What Slurm has written to its user: "Began", "Ended" ..."""
-        log = self.cluster.run("ctl", "grep", f"Job_id={self.id} ", "/var/log/slurm/mail.log").stdout
-        return [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
+    def mails(self, count: int) -> list[str]:
+        """What Slurm has written to its user, "Began", "Ended" ..., once there are so many mails: it sends them a while
+        after what they are about."""
+
+        def look() -> list[str] | None:
+            log = self.cluster.run("ctl", "grep", f"Job_id={self.id} ", "/var/log/slurm/mail.log").stdout
+            found = [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
+            return found if len(found) >= count else None
+
+        return wait_for(f"{count} mails about job {self.id}", look)
 
     def wait_over(self, within: float = 180) -> Slurm:
         """Slurm's view of it once it has ended, epilog and all."""
