@@ -15,6 +15,7 @@ import pytest
 
 from jobs import Job, Jobs
 from nodes import Cluster
+from test_doctor import ask
 from test_preemption import computes, finish
 from waiting import rounds, soak, wait_for
 from workloads import SOURCES, Workloads, counter
@@ -192,7 +193,7 @@ def test_noticed_where_the_plugin_is_missing(jobs: Jobs) -> None:
     cluster = jobs.cluster
     with plugin(cluster, "", cluster.nodes[0]):
         job = jobs.sbatch("echo unprotected", options=["--checkpoint=30m", f"--nodelist={cluster.nodes[0]}"])
-        doctor = cluster.run("ctl", "hpccr", "doctor", "--nodes", ",".join(cluster.nodes[:2]), user="user1")
+        doctor = ask(cluster, "--nodes", ",".join(cluster.nodes[:2]))
         job.wait_success()
     assert job.said() == "unprotected\n" and not job.store.exists()
     assert show(job)["comment"] == "hpccr: waiting to start"
