@@ -70,11 +70,20 @@ class Job:
 
     # --- what happens to it -------------------------------------------------------------------------------------
 
+    def records(self) -> list[dict[str, Any]]:
+        """Slurm's record of it; of an array's id those of all its tasks."""
+
+        def look() -> list[dict[str, Any]]:
+            found = self.cluster.check("ctl", "scontrol", "show", "job", str(self.id), "--json")
+            return json.loads(found)["jobs"]  # type: ignore[no-any-return]
+
+        # The job is known for longer than any test lasts (MinJobAge): an empty list, with exit code 0, is what scontrol
+        # gives when slurmctld has not answered within MessageTimeout.
+        return wait_for(f"Slurm's word on job {self.id}", look, within=30)
+
     def slurm(self) -> Slurm:
         """Slurm's view of it now."""
-        found = self.cluster.check("ctl", "scontrol", "show", "job", str(self.id), "--json")
-        # Of an array's id Slurm shows all tasks.
-        (job,) = (job for job in json.loads(found)["jobs"] if job["job_id"] == self.id)
+        (job,) = (job for job in self.records() if job["job_id"] == self.id)
         listed = job["job_resources"].get("nodes", {}) if job.get("job_resources") else {}
         nodes = tuple(node["name"] for node in listed.get("allocation", ()))
         code = job["exit_code"]
@@ -96,10 +105,16 @@ class Job:
             found.append((values["JobState"], values["ExitCode"], values["DerivedExitCode"]))
         return found
 
-    def mails(self) -> list[str]:
-        """What Slurm has written to its user: "Began", "Ended" ..."""
-        log = self.cluster.run("ctl", "grep", f"Job_id={self.id} ", "/var/log/slurm/mail.log").stdout
-        return [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
+    def mails(self, count: int) -> list[str]:
+        """What Slurm has written to its user, "Began", "Ended" ..., once there are so many mails: it sends them a while
+        after what they are about."""
+
+        def look() -> list[str] | None:
+            log = self.cluster.run("ctl", "grep", f"Job_id={self.id} ", "/var/log/slurm/mail.log").stdout
+            found = [line.split(" Name=script ")[1].split(",")[0].split()[0] for line in log.splitlines()]
+            return found if len(found) >= count else None
+
+        return wait_for(f"{count} mails about job {self.id}", look)
 
     def wait_over(self, within: float = 180) -> Slurm:
         """Slurm's view of it once it has ended, epilog and all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from jobs import Jobs
+from jobs import Job, Jobs
 from nodes import Cluster, send
 from waiting import wait_for
 from workloads import counter
@@ -16,10 +16,16 @@ def transfers(cluster: Cluster) -> list[int]:
     return [pid for node in cluster.nodes for pid in cluster.pids(node, r"-m hpccr\.noded\.transfer")]
 
 
-def stop_flush(cluster: Cluster) -> list[int]:
-    """Processes of a flush that has begun, now stopped."""
-    found = wait_for("a flush", lambda: transfers(cluster), every=0.005)
-    send(signal.SIGSTOP, found)
+def stop_flush(job: Job) -> list[int]:
+    """Processes of the flush of a new checkpoint, stopped as soon as it has begun."""
+    cluster = job.cluster
+    wait_for("the end of other flushes", lambda: not transfers(cluster))
+    # It may be over when the command has ended.
+    with cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), "--no-wait", user=job.user) as client:
+        found = wait_for("a flush", lambda: transfers(cluster), every=0.005)
+        send(signal.SIGSTOP, found)
+        said = client.communicate(timeout=60)
+    assert client.returncode == 0, said
     return found
 
 
@@ -34,8 +40,7 @@ def test_a_job_is_completing_while_its_checkpoint_is_written(jobs: Jobs) -> None
         for job in (first, second):
             job.wait_event("started")
             job.wait_output("1 1")
-        first.hpccr_ok("checkpoint", "--no-wait")
-        stopped += stop_flush(cluster)
+        stopped += stop_flush(first)
         cluster.check("ctl", "scancel", str(first.id))
         # Its processes are gone, and it is not over.
         wait_for("the end of its processes", lambda: first.events("finished"))
@@ -47,8 +52,7 @@ def test_a_job_is_completing_while_its_checkpoint_is_written(jobs: Jobs) -> None
 
         for file in configured:
             file.write_text("LIMIT=2\n")
-        second.hpccr_ok("checkpoint", "--no-wait")
-        stopped += stop_flush(cluster)
+        stopped += stop_flush(second)
         cluster.check("ctl", "scancel", str(second.id))
         assert second.wait_over(within=60).states == {"CANCELLED"}
         assert second.status()["checkpoints"][0]["state"] != "complete"

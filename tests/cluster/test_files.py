@@ -95,8 +95,9 @@ with open(sys.argv[1], "w+b", buffering=0) as file:
     for number in range({BLOCKS}):
         file.write(number.to_bytes(8) * (1 << 17))
     for step in range(1, 401):
-        while step == 380 and not os.path.exists("gate"):
-            time.sleep(0.05)
+        for held, gate in ((100, "more"), (380, "gate")):
+            while step == held and not os.path.exists(gate):
+                time.sleep(0.05)
         os.pwrite(file.fileno(), step.to_bytes(8), dice.randrange({BLOCKS} << 20))
         print("step", step, flush=True)
         time.sleep(0.01)
@@ -121,6 +122,8 @@ def test_killed_in_the_middle_of_a_rollback(jobs: Jobs, cluster: Cluster) -> Non
         job = jobs.submit(f"python3 -u big.py {share}/big", tasks=2, files={"big.py": REWRITER})
         job.wait_output("step 20\n")
         whole = job.checkpoint()["sequence"]
+        # Not before: what is written after the checkpoint is what there is to roll back.
+        cluster.write(job.directory / "more", "", job.user)
         runs_on(job, 20, 400)
         node, other = job.slurm().nodes
         cluster.check(other, "pkill", "-KILL", "-u", job.user, "-f", "hpccr agent --endpoint")

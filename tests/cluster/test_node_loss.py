@@ -103,7 +103,7 @@ def test_a_node_is_powered_off_and_another_cut_off(jobs: Jobs, workloads: Worklo
     computes(twin)
     finish(twin)
     # Slurm takes the node's failure for one of the job's, whose end this is not.
-    assert scripts[0].mails() == twin.mails() == ["Failed", "Ended"]
+    assert scripts[0].mails(2) == twin.mails(2) == ["Failed", "Ended"]
     ends_well(cut_ranks, workloads, restarts=1)
     for turn in range(rounds(0, 3)):
         in_turn(ranks, turn)

@@ -45,7 +45,9 @@ def traces() -> list[str]:
     """Everything on this machine that belongs to the instance."""
     found = [str(path) for top in ("/run", "/var/lib") if (path := Path(top, "hpccr-testbed", INSTANCE)).exists()]
     found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/hpccr-testbed/{INSTANCE}")]
-    found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "hpccr-testbed" in line]
+    # But not those of instances beside it, whose names may begin like this one's.
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    found += [line for line in mounts if f"hpccr-testbed/{INSTANCE}/" in line.replace(" ", "/")]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             member = f"/hpccr-testbed/{INSTANCE}/" in (process / "cgroup").read_text()
@@ -97,9 +99,9 @@ def test_exec_passes_exit_code_stdin_and_user(selftest: None) -> None:
 
 def test_the_command_dies_with_exec(selftest: None) -> None:
     with subprocess.Popen([TESTBED, "exec", "node1", "--", "sleep", "4242"], env=ENVIRONMENT) as process:
-        wait_until(lambda: on("node1", "pgrep -f 'sleep [4]242'", check=False), 5, "the command runs")
+        wait_until(lambda: on("node1", "pgrep -f 'sleep [4]242'", check=False), 30, "the command runs")
         process.kill()
-    wait_until(lambda: not on("node1", "pgrep -f 'sleep [4]242'", check=False), 5, "the command is gone")
+    wait_until(lambda: not on("node1", "pgrep -f 'sleep [4]242'", check=False), 30, "the command is gone")
 
 
 def test_a_node_looks_like_a_node(selftest: None) -> None:
@@ -121,10 +123,8 @@ def test_a_node_looks_like_a_node(selftest: None) -> None:
 def test_nothing_leads_outside(selftest: None) -> None:
     # An address for documentation (RFC 5737): there is a route, and it answers at once.
     assert "via 10.77.0.254" in on("node1", "ip route get 192.0.2.1")
-    started = time.monotonic()
-    refused = on("node1", "nc -w 10 192.0.2.1 80 2>&1 </dev/null; echo $?", check=False)
-    assert refused.endswith("1")
-    assert time.monotonic() - started < 5
+    refused = on("node1", "nc -n -v -w 30 192.0.2.1 80 2>&1 </dev/null; echo $?", check=False)
+    assert "No route to host" in refused and refused.endswith("1")
 
 
 def test_jobs_run_and_leave_nothing(selftest: None, tmp_path: Path) -> None:
