@@ -383,4 +383,5 @@ class Jobs:
                 log = self.cluster.root(node) / "var/log" / name
                 if log.exists():
                     parts.append(f"--- {node}: {name}\n{last_lines(log, 25)}")
+        parts += [f"--- {node}: processes\n{found}" for node in nodes if (found := self.cluster.activity(node))]
         return "\n".join(parts)

@@ -222,6 +222,22 @@ class Cluster:
                 found.append(pid)
         return sorted(found)
 
+    def activity(self, node: str) -> str:
+        """The users' processes on a node, a line each: state, what it waits for, seconds of processor time, command."""
+        lines = []
+        for pid in self._members(node):
+            try:
+                place = Path(f"/proc/{pid}")
+                if place.stat().st_uid == 0:
+                    continue
+                state, *rest = (place / "stat").read_text().rpartition(") ")[2].split()
+                spent = (int(rest[10]) + int(rest[11])) / os.sysconf("SC_CLK_TCK")
+                line = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                lines.append(f"{pid} {state} {(place / 'wchan').read_text()} {spent:.2f} {line[:120]}")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        return "\n".join(lines)
+
     def _members(self, node: str) -> list[int]:
         """Every process of a node, in whatever pid namespace."""
         top = Path(f"/sys/fs/cgroup/freezer/hpccr-testbed/{self.name}/{node}")
