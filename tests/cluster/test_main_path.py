@@ -164,10 +164,13 @@ def test_one_node(jobs: Jobs, workloads: Workloads, how: str) -> None:
 
 
 def test_lost_before_any_checkpoint(jobs: Jobs, workloads: Workloads) -> None:
-    """Requeued by Slurm before hpccr has anything: the final checkpoint is the first."""
+    """Requeued by Slurm before hpccr has anything: the final checkpoint is the first. While MPICH starts it may be
+    refused, and the job begins anew."""
     command = workloads.pairs(rounds(220, 2000))
-    job = jobs.submit(workloads.pairs(rounds(220, 2000), pause=PAUSE))
+    job = jobs.submit(workloads.pairs(rounds(220, 2000), pause=PAUSE, gate="gate"))
     job.wait_event("started")
-    job.requeue("scontrol", avoid=False)
+    job.cluster.check("ctl", "scontrol", "requeue", str(job.id), user=job.user)
+    wait_for("the job again", lambda: job.events("restored") or job.events("started")[1:], within=90)
+    job.open_gate()
     job.wait_success()
     assert job.said() == workloads.twin(command)
