@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_output(jobs: Jobs, cluster: Cl
         output, filler = cluster.here(share) / "out.txt", cluster.here(share) / "filler"
         job.wait_event("started")
         grows(output)
-        space = os.statvfs(output.parent)
-        cluster.write(filler, bytes(space.f_bavail * space.f_frsize), "user1")
+        cluster.fill(filler, "user1")
         assert "No space left on device" in job.wait_event("warning")["text"]
         refused = job.hpccr("checkpoint")
         assert refused.returncode == 1 and "output cannot be written" in refused.stderr, refused.stderr
