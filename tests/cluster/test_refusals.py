@@ -288,15 +288,16 @@ def test_an_agent_killed_in_each_phase(jobs: Jobs, cluster: Cluster, workloads: 
 
 
 def test_a_node_that_does_not_answer_in_time(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
-    # What prepare writes out may take as long as a dump.
-    limits = {"HPCCR_CHECKPOINT_PREPARE_TIMEOUT": "2", "HPCCR_CHECKPOINT_DUMP_TIMEOUT": "3"}
+    # What prepare writes out may take as long as a dump. They hold for the checkpoint that succeeds as well.
+    limits = {"HPCCR_CHECKPOINT_PREPARE_TIMEOUT": "5", "HPCCR_CHECKPOINT_DUMP_TIMEOUT": "10"}
     job = start(jobs, workloads, limits)
     slow = job.slurm().nodes[1]
     with cluster.stopped(slow):
         client = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
-        wait_for("phase aborting", lambda: job.status()["status"]["phase"] == "aborting", within=30)
+        wait_for("phase aborting", lambda: job.status()["status"]["phase"] == "aborting", within=60)
     output, errors = client.communicate(timeout=60)
     refused(subprocess.CompletedProcess([], client.returncode, output, errors), PEER_LOST, slow, "preparing")
+    job.wait_event("checkpoint-failed")
     (failed,) = job.events("checkpoint-failed")
     assert failed["code"] == PEER_LOST
     lives_on(job, workloads)
