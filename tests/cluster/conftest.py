@@ -86,9 +86,15 @@ def cluster() -> Iterator[Cluster]:
         return
     fresh = Cluster.up(_name())
     try:
+        # CRIU's look at the kernel when hpccrd starts, which leaves this file, would be in the first test's `before`.
+        wait_for("CRIU's first look", lambda: all(criu_has_looked(fresh, node) for node in fresh.nodes))
         yield fresh
     finally:
         fresh.down()
+
+
+def criu_has_looked(cluster: Cluster, node: str) -> bool:
+    return (cluster.root(node) / "run/criu.kdat").exists() and not cluster.pids(node, "^criu ")
 
 
 @pytest.fixture(scope="session")

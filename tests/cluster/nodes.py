@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -322,6 +323,18 @@ class Cluster:
             subprocess.run(["umount", "-l", place], check=True)
             place.rmdir()
             image.unlink(missing_ok=True)
+
+    def fill(self, path: Path, user: str) -> None:
+        """Write a file (a path of this machine) until its file system is full, whoever else writes there meanwhile."""
+        self.write(path, "", user)
+        with path.open("ab", buffering=0) as file:
+            for piece in (bytes(1 << 20), bytes(1 << 12)):
+                try:
+                    while True:
+                        file.write(piece)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     @contextmanager
     def failing(self, share: str) -> Iterator[None]:

@@ -20,6 +20,8 @@ NODE = "node1"
 # No hpccrd is listening there, so there is none.
 ENVIRONMENT = ("env", "HPCCR_NODE_SOCKET=/run/none", "HPCCR_STORE_DIR=/root/store", "OMPI_ALLOW_RUN_AS_ROOT=1")
 ENVIRONMENT += ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",)
+GATE = "/root/out-gate.txt"
+"""The file that a job's end waits for: it cannot have ended before."""
 
 
 class Machine:
@@ -84,10 +86,12 @@ def ended(process: subprocess.Popen[str], within: float = 120) -> int:
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, library: str) -> None:
     if library == "mpich":
-        command = workloads.pairs(rounds(1000, 4000), ranks=2, pause=10)
+        number = rounds(1000, 4000)
+        undisturbed, command = workloads.pairs(number, ranks=2), workloads.pairs(number, ranks=2, pause=20, gate=GATE)
     else:
         mpirun = OPEN_MPI.format(each=2, ranks=2)
-        command = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --rate 100 --steps {rounds(1500, 5000)}"
+        undisturbed = f"{mpirun} python3 {SOURCES}/stencil.py --size 200 --steps {rounds(1500, 5000)}"
+        command = f"{undisturbed} --rate 60 --gate {GATE}"
     out = machine.place / "out.txt"
     (machine.place / "tree").mkdir()
     first = machine.start(f"hpccr run --files=/root/tree {command} > /root/out.txt 2> /root/out-errors.txt")
@@ -104,8 +108,9 @@ def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, lib
     machine.check("hpccr", "checkpoint", "--wait", name)
     # What --files named is remembered.
     assert json.loads(machine.check("hpccr", "inspect", name, "--json"))["trees"] == ["/root/tree"]
+    (machine.place / Path(GATE).name).touch()
     assert ended(second) == 0, (machine.place / "out-errors.txt").read_text()
-    twin = machine.shell(f"{command} > /root/out-twin.txt")
+    twin = machine.shell(f"{undisturbed} > /root/out-twin.txt")
     assert twin.returncode == 0, twin.stderr
     assert out.read_text() == (machine.place / "out-twin.txt").read_text()
 

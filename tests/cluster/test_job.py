@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -59,17 +58,28 @@ def test_standard_input(jobs: Jobs, source: str) -> None:
     assert job.said() == twin.said()
 
 
+READER = """\
+import os, sys, time
+
+for line in sys.stdin:
+    print(line.strip(), flush=True)
+    time.sleep(0.005)
+    while line == "2500\\n" and not os.path.exists("gate"):
+        time.sleep(0.05)
+"""
+
+
 def test_input_is_read_where_it_was_left(jobs: Jobs) -> None:
     """A program that has read a part of its input is restored: it gets the rest."""
-    program = "import sys, time\nfor line in sys.stdin:\n    print(line.strip(), flush=True)\n    time.sleep(0.005)\n"
     content = "".join(f"{number}\n" for number in range(3000))
     job = jobs.submit(
-        "python3 -u program.py < input.txt", nodes=1, tasks=1, files={"input.txt": content, "program.py": program}
+        "python3 -u program.py < input.txt", nodes=1, tasks=1, files={"input.txt": content, "program.py": READER}
     )
     running(job, "\n500\n")
     job.requeue()
     job.wait_output("\n2000\n")
     job.requeue("scontrol")
+    job.open_gate()
     job.wait_success()
     assert job.said() == content
 
@@ -120,8 +130,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_output(jobs: Jobs, cluster: Cl
         output, filler = cluster.here(share) / "out.txt", cluster.here(share) / "filler"
         job.wait_event("started")
         grows(output)
-        space = os.statvfs(output.parent)
-        cluster.write(filler, bytes(space.f_bavail * space.f_frsize), "user1")
+        cluster.fill(filler, "user1")
         assert "No space left on device" in job.wait_event("warning")["text"]
         refused = job.hpccr("checkpoint")
         assert refused.returncode == 1 and "output cannot be written" in refused.stderr, refused.stderr
@@ -261,11 +270,15 @@ def test_two_steps_that_are_both_requeued_from_a_store_of_their_own(jobs: Jobs, 
         (found,) = job.records()
         return found
 
+    def running_row() -> dict[str, Any] | None:
+        (row,) = json.loads(hpccr("list", "--json"))
+        return row if row["state"] == "running" else None
+
     for number, name in enumerate(("first", "second")):
         job.wait_event("started", step=number)
         grows(job.output)
-        (row,) = json.loads(hpccr("list", "--json"))
-        assert (row["job"], row["step"], row["state"]) == (str(job.id), str(number), "running")
+        row = wait_for("a running job in the list", running_row)
+        assert (row["job"], row["step"]) == (str(job.id), str(number))
         hpccr("checkpoint", str(job.id))
         wait_for("its checkpoint", lambda: shown()["extra"].startswith("hpccr: checkpoint "))
         assert shown()["comment"] == "mine"

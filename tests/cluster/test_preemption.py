@@ -28,6 +28,15 @@ def finish(job: Job) -> None:
     check_counter(job.said())
 
 
+def coordinator_of(job: Job) -> int:
+    """On its first node. What it starts looks like it until it executes: it is known when there is no other."""
+    node = job.slurm().nodes[0]
+    return wait_for(
+        "one coordinator",
+        lambda: found[0] if len(found := job.cluster.pids(node, r"hpccr run --batch")) == 1 else None,
+    )
+
+
 def frozen(pid: int) -> bool:
     """By Slurm, with the freezer of its step."""
     group = re.findall(r"^\d+:freezer:(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.MULTILINE)[0]
@@ -54,16 +63,19 @@ def test_preempted_twice_with_and_without_notice(jobs: Jobs, workloads: Workload
     for job in (at_once, with_notice):
         assert len(job.events("requeued")) == job.slurm().restarts == 2
         assert {event["why"] for event in job.events("terminate")[:2]} == {"preempted"}
-    # Nobody waited for the end of GraceTime, which is 20 s.
-    for asked, gone in zip(with_notice.events("checkpoint"), with_notice.events("requeued"), strict=True):
-        assert gone["time"] - asked["time"] < 15
+    # Nobody waited for the end of GraceTime, which is 20 s. A checkpoint may have taken more than one attempt.
+    asked = 0.0
+    for event in with_notice.events():
+        if event["event"] == "checkpoint":
+            asked = event["time"]
+        assert event["event"] != "requeued" or event["time"] - asked < 20
 
 
 def test_suspended_and_resumed_while_it_is_checkpointed(jobs: Jobs, workloads: Workloads) -> None:
     cluster = jobs.cluster
     job = jobs.sbatch(counter(), ["--checkpoint=requeue"], nodes=2, tasks=2)
     job.wait_event("started")
-    (coordinator,) = cluster.pids(job.slurm().nodes[0], r"hpccr run --batch")
+    coordinator = coordinator_of(job)
 
     def scontrol(act: str) -> None:
         cluster.check("ctl", "scontrol", act, str(job.id))
@@ -81,8 +93,9 @@ def test_suspended_and_resumed_while_it_is_checkpointed(jobs: Jobs, workloads: W
     scontrol("suspend")
     refused = job.hpccr("checkpoint")
     assert refused.returncode == 11 and f"job {job.id} is suspended" in refused.stderr, refused.stderr
-    (script,) = cluster.pids(job.slurm().nodes[0], r"^/bin/bash .*slurm_script")
-    assert frozen(script)
+    # With it there may be its child, which looks like it until it executes `sleep`.
+    scripts = cluster.pids(job.slurm().nodes[0], r"^/bin/bash .*slurm_script")
+    assert scripts and all(map(frozen, scripts))
     scontrol("resume")
     computes(job)
     job.requeue()
@@ -94,8 +107,7 @@ def test_a_stop_that_stops_nothing_keeps_checkpoints_off_only_for_a_while(jobs: 
     """^Z in a terminal looks like what `scontrol suspend` begins with, and no SIGCONT needs to follow."""
     job = jobs.sbatch(counter(), ["--checkpoint=requeue"])
     job.wait_event("started")
-    (coordinator,) = jobs.cluster.pids(job.slurm().nodes[0], r"hpccr run --batch")
-    os.kill(coordinator, signal.SIGTSTP)
+    os.kill(coordinator_of(job), signal.SIGTSTP)
     assert "is suspended" in job.hpccr("checkpoint").stderr
     wait_for("a checkpoint", lambda: job.hpccr("checkpoint").returncode == 0)
     finish(job)
@@ -108,7 +120,6 @@ def test_interrupted_before_it_runs(jobs: Jobs) -> None:
         job = jobs.sbatch(counter(), ["--checkpoint=requeue"])
         job.wait_event("boot")
         wait_for("a capsule", lambda: job.status()["status"]["phase"] == "creating")
-        (coordinator,) = cluster.pids(job.slurm().nodes[0], r"hpccr run --batch")
-        os.kill(coordinator, signal.SIGINT)
+        os.kill(coordinator_of(job), signal.SIGINT)
     job.wait_over()
     assert not job.events("started") and not job.said()

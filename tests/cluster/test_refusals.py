@@ -288,15 +288,16 @@ def test_an_agent_killed_in_each_phase(jobs: Jobs, cluster: Cluster, workloads: 
 
 
 def test_a_node_that_does_not_answer_in_time(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
-    # What prepare writes out may take as long as a dump.
-    limits = {"HPCCR_CHECKPOINT_PREPARE_TIMEOUT": "2", "HPCCR_CHECKPOINT_DUMP_TIMEOUT": "3"}
+    # What prepare writes out may take as long as a dump. They hold for the checkpoint that succeeds as well.
+    limits = {"HPCCR_CHECKPOINT_PREPARE_TIMEOUT": "5", "HPCCR_CHECKPOINT_DUMP_TIMEOUT": "10"}
     job = start(jobs, workloads, limits)
     slow = job.slurm().nodes[1]
     with cluster.stopped(slow):
         client = cluster.popen("ctl", "hpccr", "checkpoint", str(job.id), user="user1")
-        wait_for("phase aborting", lambda: job.status()["status"]["phase"] == "aborting", within=30)
+        wait_for("phase aborting", lambda: job.status()["status"]["phase"] == "aborting", within=60)
     output, errors = client.communicate(timeout=60)
     refused(subprocess.CompletedProcess([], client.returncode, output, errors), PEER_LOST, slow, "preparing")
+    job.wait_event("checkpoint-failed")
     (failed,) = job.events("checkpoint-failed")
     assert failed["code"] == PEER_LOST
     lives_on(job, workloads)
@@ -345,25 +346,20 @@ def test_a_requeue_does_not_wait_for_a_slow_flush(jobs: Jobs, cluster: Cluster, 
     goes_on(job, workloads)
 
 
-def fill(cluster: Cluster, path: Path, *, leave: int) -> None:
-    """Write a file that leaves so many bytes of its file system."""
-    found = os.statvfs(path.parent)
-    cluster.write(path, bytes(found.f_bavail * found.f_frsize - leave), "user1")
-
-
 def test_the_store_is_full(jobs: Jobs, cluster: Cluster, workloads: Workloads) -> None:
     with cluster.small_share("small", "300m", "user1") as store:
         there = {"HPCCR_STORE_DIR": store}
         job = start(jobs, workloads, there)
         job.checkpoint()
         filler, rest = cluster.here(store) / "filler", cluster.here(store) / "rest"
-        fill(cluster, filler, leave=128 << 10)
+        space = os.statvfs(filler.parent)
+        cluster.write(filler, bytes(space.f_bavail * space.f_frsize - (128 << 10)), "user1")
         refused(job.hpccr("checkpoint"), FAILED, "No space left")
         assert job.wait_event("flush-failed")["sequence"] == 2
         found = {row["sequence"]: row["state"] for row in job.status()["checkpoints"]}
         assert found[1] == "complete" and found.get(2) != "complete"
         # Not even the manifest can be written: nobody is killed for that.
-        fill(cluster, rest, leave=0)
+        cluster.fill(rest, "user1")
         refused(job.hpccr("requeue"), FAILED, "cannot write", "No space left")
         rest.unlink()
         # The manifest can be, and what the tasks were killed for is flushed until there is room.
@@ -381,7 +377,7 @@ def test_the_store_is_full(jobs: Jobs, cluster: Cluster, workloads: Workloads) -
         # What a job ends with does not depend on whether that can be written down.
         last = jobs.submit("sh -c 'until test -e gate; do sleep 0.1; done'", nodes=1, tasks=1, environment=there)
         last.wait_event("started")
-        fill(cluster, rest, leave=0)
+        cluster.fill(rest, "user1")
         last.open_gate()
         last.wait_success()
         assert "error" not in last.said()

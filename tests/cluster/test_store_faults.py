@@ -17,7 +17,7 @@ from pathlib import Path
 from jobs import Job, Jobs
 from nodes import USERS, Cluster, send
 from opens import Opens
-from test_store import FLUSH, complete
+from test_store import FLUSH, complete, verified
 from waiting import rounds, wait_for
 from workloads import Workloads
 
@@ -43,11 +43,6 @@ def ends_well(job: Job, workloads: Workloads) -> None:
     goes_on(job)
     job.cancel()
     workloads.check_ticks(job.said())
-
-
-def verified(job: Job) -> None:
-    for sequence in complete(job):
-        assert "is whole" in job.hpccr_ok("verify", str(sequence))
 
 
 @contextmanager

@@ -39,26 +39,45 @@ class Workloads:
             node, "mpicc.mpich", "-O2", "-Wall", "-Werror", "-o", "/shared/programs/pairs", f"{SOURCES}/pairs.c"
         )
 
-    def melt(self, steps: int, *, ranks: int = 4, nodes: int = 2) -> str:
-        """LAMMPS's Lennard-Jones melt of 4000 atoms under Open MPI; thermodynamic output goes to melt.log as well."""
+    def melt(self, steps: int, *, ranks: int = 4, nodes: int = 2, gate: str = "/dev/null") -> str:
+        """LAMMPS's Lennard-Jones melt of 4000 atoms under Open MPI; thermodynamic output goes to melt.log as well.
+        gate: a file that its last steps wait for; the default is always there, for the twin."""
         mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
-        return f"{mpirun} {NICE} lmp -in {SOURCES}/melt.in -var size 10 -var steps {steps} -var every 10 -log melt.log"
+        variables = f"-var size 10 -var steps {steps} -var every 10 -var gate {gate}"
+        return f"{mpirun} {NICE} lmp -in {SOURCES}/melt.in {variables} -log melt.log"
 
     def pairs(
-        self, rounds: int, *, ranks: int = 4, max_bytes: int = 4 << 20, seed: int | None = None, pause: int = 0
+        self,
+        rounds: int,
+        *,
+        ranks: int = 4,
+        max_bytes: int = 4 << 20,
+        seed: int | None = None,
+        pause: int = 0,
+        gate: str = "",
     ) -> str:
-        """The program that checks every byte and order of random messages, under MPICH. pause: ms between rounds, so
-        that it has not ended before the test is done with it; it prints the same without."""
+        """The program that checks every byte and order of random messages, under MPICH. gate: a file that its end waits
+        for; pause: ms between rounds until then. It prints the same without."""
         mpirun, seed = f"{MPICH.format(ranks=ranks)} {NICE}", seed or self.seed
-        return f"{mpirun} /shared/programs/pairs {seed} {rounds} 10 {max_bytes}" + (f" {pause}" if pause else "")
+        return f"{mpirun} /shared/programs/pairs {seed} {rounds} 10 {max_bytes} {pause} {gate}".rstrip()
 
-    def stencil(self, steps: int = ENDLESS, *, size: int = 300, ranks: int = 4, nodes: int = 2, rate: int = 0) -> str:
-        """The halo exchange in mpi4py, which also appends to residuals.txt. rate: steps per second at most, so that it
-        has not ended before the test is done with it; it prints the same without."""
+    def stencil(
+        self,
+        steps: int = ENDLESS,
+        *,
+        size: int = 300,
+        ranks: int = 4,
+        nodes: int = 2,
+        rate: int = 0,
+        gate: str = "",
+    ) -> str:
+        """The halo exchange in mpi4py, which also appends to residuals.txt. gate: a file that its end waits for; rate:
+        steps per second at most until then. It prints the same without."""
         mpirun = OPEN_MPI.format(each=ranks // nodes, ranks=ranks)
         rate = rate or (RATE if steps == ENDLESS else 0)
         program = f"python3 {SOURCES}/stencil.py --size {size} --steps {steps} --log residuals.txt"
-        return f"{mpirun} {NICE} {program}" + (f" --rate {rate}" if rate else "")
+        options = (f" --rate {rate}" if rate else "") + (f" --gate {gate}" if gate else "")
+        return f"{mpirun} {NICE} {program}{options}"
 
     def ticker(self, *, hold: int = 8, ranks: int = 4, nodes: int = 2) -> str:
         """Endless, and known without a twin (check_ticks); takes next to no processor time."""
@@ -131,10 +150,9 @@ def check_counter(said: str) -> None:
 
 def thermo(text: str) -> str:
     """The thermodynamic output of LAMMPS: what follows are times, and differs in every run."""
-    after = text.partition("   Step ")[2]
-    table, end, _ = after.partition("Loop time")
-    assert end, f"LAMMPS did not finish: {text[-400:]}"
-    return table
+    runs = text.split("   Step ")[1:]
+    assert runs and all("Loop time" in run for run in runs), f"LAMMPS did not finish: {text[-400:]}"
+    return "".join(run.partition("Loop time")[0] for run in runs)
 
 
 def thermo_file(path: Path) -> str:

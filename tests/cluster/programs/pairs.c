@@ -1,14 +1,15 @@
 /*
  * Random messages between all pairs of ranks without pause, every byte and the order checked at the receiver.
  *
- *     pairs SEED ROUNDS [BLOCK [MAX_BYTES [PAUSE]]]
+ *     pairs SEED ROUNDS [BLOCK [MAX_BYTES [PAUSE [GATE]]]]
  *
  * In each round every ordered pair exchanges 0 to 3 messages of 1 to MAX_BYTES bytes (4 MiB; small ones are as frequent
  * as large ones, by orders of magnitude). Sizes, contents and ways follow from (SEED, source, destination, number of
  * the message of this pair). Two ways are mixed:
  *     BLOCKING  a receive posted at the start of the round, MPI_Send or MPI_Ssend
  *     PROBED    MPI_Isend or MPI_Issend, MPI_Probe or MPI_Mprobe and a blocking receive
- * PAUSE, milliseconds between two rounds, is for a job that has to be there for a while.
+ * PAUSE, milliseconds between two rounds, is for a job that has to be there for a while. With GATE the last BLOCK
+ * rounds begin only when there is a file of that name, and from then on there is no PAUSE.
  * No rank waits for a round of the others but by these messages, so the ranks run up to a round apart.
  *
  * stdout, the same in every run with the same arguments and number of ranks: a line per BLOCK rounds (10) and
@@ -247,6 +248,11 @@ static void exchange(int round)
     discard(out);
 }
 
+static int shut(const char *gate)
+{
+    return gate && access(gate, F_OK) != 0;
+}
+
 static void report(const char *what)
 {
     uint64_t sum[3];
@@ -261,13 +267,14 @@ static void report(const char *what)
 int main(int argc, char **argv)
 {
     int rounds, block, pause;
+    const char *gate;
     char name[32];
 
     MPI_Init(&argc, &argv);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     if (argc < 3 || ranks < 2) {
-        fprintf(stderr, "usage: mpirun -n 2 (or more) pairs SEED ROUNDS [BLOCK [MAX_BYTES [PAUSE]]]\n");
+        fprintf(stderr, "usage: mpirun -n 2 (or more) pairs SEED ROUNDS [BLOCK [MAX_BYTES [PAUSE [GATE]]]]\n");
         MPI_Abort(MPI_COMM_WORLD, 2);
     }
     seed = strtoull(argv[1], NULL, 0);
@@ -276,13 +283,16 @@ int main(int argc, char **argv)
     if (argc > 4)
         max_bytes = atof(argv[4]);
     pause = argc > 5 ? atoi(argv[5]) : 0;
+    gate = argc > 6 ? argv[6] : NULL;
     sent = calloc((size_t)ranks, sizeof(*sent));
     received = calloc((size_t)ranks, sizeof(*received));
     if (!sent || !received)
         MPI_Abort(MPI_COMM_WORLD, 4);
     for (int round = 1; round <= rounds; round++) {
+        while (round > rounds - block && shut(gate))
+            usleep(50000);
         exchange(round);
-        if (pause > 0)
+        if (pause > 0 && (!gate || shut(gate)))
             usleep((useconds_t)pause * 1000);
         if (round % block == 0) {
             snprintf(name, sizeof(name), "round %d", round);

@@ -1,18 +1,26 @@
 """Jacobi iteration on a square, halos exchanged between neighbours: residual per step, log file, checksum of the field.
 
-    mpirun -n N python3 stencil.py [--size 400] [--steps 500] [--every 1] [--log FILE] [--rate 100]
+    mpirun -n N python3 stencil.py [--size 400] [--steps 500] [--every 1] [--log FILE] [--rate 100] [--gate FILE]
 
 Everything printed (and logged) is exact and the same in every run with the same arguments and number of ranks: the
-partial residuals are added by rank 0 in a fixed way, not by MPI in whatever order they come.
+partial residuals are added by rank 0 in a fixed way, not by MPI in whatever order they come. With --gate the last 20
+steps begin only when there is a file of that name, and from then on --rate does not hold any more.
 """
 
 import argparse
 import hashlib
 import math
+import os
 import time
 
 import numpy as np
 from mpi4py import MPI
+
+LAST = 20
+
+
+def shut(gate: str | None) -> bool:
+    return gate is not None and not os.path.exists(gate)
 
 
 def share(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -27,6 +35,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="steps between two printed residuals")
     parser.add_argument("--log", help="file that rank 0 appends the residual of every step to")
     parser.add_argument("--rate", type=float, help="steps per second, at most")
+    parser.add_argument("--gate", help="file that the last steps wait for")
     args = parser.parse_args()
 
     world = MPI.COMM_WORLD
@@ -44,7 +53,9 @@ def main() -> None:
 
     log = open(args.log, "a", encoding="ascii") if args.log and cart.rank == 0 else None  # noqa: SIM115 - until the end
     for step in range(1, args.steps + 1):
-        if args.rate:
+        while step > args.steps - LAST and shut(args.gate):
+            time.sleep(0.05)
+        if args.rate and (not args.gate or shut(args.gate)):
             time.sleep(1 / args.rate)
         exchange(cart, field, north, south, west, east)
         inner = 0.25 * (field[:-2, 1:-1] + field[2:, 1:-1] + field[1:-1, :-2] + field[1:-1, 2:])

@@ -1,6 +1,8 @@
 """Threads that compute and hand results on through locks, queues and a pipe; prints deterministic lines.
 
-python3 threads.py [--threads 4] [--rounds 200] [--work 20000] [--log FILE]
+python3 threads.py [--threads 4] [--rounds 200] [--work 20000] [--log FILE] [--gate FILE]
+
+With --gate the last 10 rounds' lines are printed only when there is a file of that name.
 """
 
 import argparse
@@ -8,6 +10,7 @@ import hashlib
 import os
 import queue
 import threading
+import time
 
 
 def work(number: int, rounds: int, amount: int, results: "queue.Queue[tuple[int, int, str]]") -> None:
@@ -24,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--work", type=int, default=20000, help="hashes per thread and round")
     parser.add_argument("--log", help="file that the lines are also appended to")
+    parser.add_argument("--gate", help="file that the last rounds wait for")
     args = parser.parse_args()
 
     # Bounded, so that threads wait for each other on a lock most of the time.
@@ -37,6 +41,8 @@ def main() -> None:
     total = hashlib.sha256()
     step = 1
     while step <= args.rounds:
+        while args.gate and step > args.rounds - 10 and not os.path.exists(args.gate):
+            time.sleep(0.05)
         arrived, number, state = results.get()
         waiting.setdefault(arrived, {})[number] = state
         while len(waiting.get(step, ())) == args.threads:
