@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -30,6 +31,9 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C.UTF-8"}
 """The whole environment of root's tools: nothing of the daemon's, nothing of the user's."""
 
+
+DATA = 4 << 30
+"""Bytes of memory for a helper: not the job's memory, and how many files there are to save, say, is up to the user."""
 
 type Function[R] = Callable[[], R]
 """What a helper does; R is msgpack-able."""
@@ -140,6 +144,9 @@ def _child(function: Callable[[], Any], identity: Identity | None, writing: int,
     try:
         reset_signals()
         syscalls.close_all_but([writing, *keep])
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = DATA if hard == resource.RLIM_INFINITY else min(DATA, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         if identity is not None:
             become(identity)
         answer: tuple[str, Any] = ("done", function())
@@ -147,6 +154,9 @@ def _child(function: Callable[[], Any], identity: Identity | None, writing: int,
         answer = ("failed", Failure(int(error.code), encodable(error.message), encodable(error.hint)))
     except OSError as error:
         answer = ("failed", Failure(int(ExitCode.FAILED), encodable(str(error)), ""))
+    except MemoryError:
+        hint = "are there tens of millions of files in the directories of --files?"
+        answer = ("failed", Failure(int(ExitCode.FAILED), f"a helper process needs more than {DATA >> 30} GiB", hint))
     except BaseException:
         answer = ("failed", Failure(int(ExitCode.FAILED), encodable(traceback.format_exc()), ""))
     try:

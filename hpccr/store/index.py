@@ -125,6 +125,7 @@ class Index:
             left -= row.length
             if (
                 not 0 < row.length <= MAX_BLOCK
+                or row.stored > row.length  # nobody writes such a frame, and it would be read into memory whole
                 or left < 0
                 or (row.pack != ZERO_PACK and row.offset + row.stored > sizes.get(row.pack, -1))
             ):

@@ -65,7 +65,8 @@ def inherit(
     """Find the parent of the capsule's directory that is being written, and link what can be referred to.
 
     share: how many checkpoints may rest on one pack, the one that wrote it included. alive: called now and then while
-    packs are read again; one that is damaged is not referred to, and the parent is marked.
+    packs are read again; one that is damaged is not referred to, and the parent is marked. At most `total` bytes are
+    read for that: who waits for this has its size in mind, and a parent may be of a time when the job was far larger.
 
     Raises OSError for what is wrong with the new directory itself, never for anything about older checkpoints.
     """
@@ -78,12 +79,17 @@ def inherit(
         block = parent.header.block
     found = Inheritance(block)
     numbers: dict[int, int] = {}
+    left = total
     for pack in parent.header.packs:
         if pack.generation + 1 >= share or pack.live < pack.size * MIN_LIVE:
             continue
+        reads = pack.size if suspicious or pack.generation % READ_AGAIN == 0 else 0
+        if reads > left:
+            continue
         if not _link(parent.path.with_name(pack.name), directory / pack.name, pack.size):
             continue
-        if (suspicious or pack.generation % READ_AGAIN == 0) and not _intact(parent, pack, alive):
+        left -= reads
+        if reads and not _intact(parent, pack, alive):
             publish.remove(directory / pack.name)
             continue
         numbers[pack.number] = len(found.packs)

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 
 DESCRIPTORS = 4096
 """Enough for the packs of the largest checkpoints."""
-_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 64 << 10, resource.RLIMIT_NOFILE: DESCRIPTORS}
+DATA = 4 << 30
+"""Bytes of memory, which are not the job's: enough for the index of the largest checkpoints and the blocks in hand.
+What a user puts in the place of his files is read into memory, and must not take other users' jobs with it."""
+_LIMITS = {
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_DATA: DATA,
+    resource.RLIMIT_MEMLOCK: 64 << 10,
+    resource.RLIMIT_NOFILE: DESCRIPTORS,
+}
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 4, 28, 38
 _NOROOT_AND_LOCKED = 0b11

@@ -23,6 +23,8 @@ HOLD = 300.0
 """Seconds without an answer that every connection has to survive: the longest time that a job may stand still."""
 PAUSE = 10.0
 """Seconds between two tries to send what was not acknowledged."""
+SLOW = 180.0
+"""Seconds for what takes a few on a quiet machine: ranks that poll hold each other up where processors are short."""
 LACKS = " is not in this library: "
 RESULT = re.compile(r"\w+ \d+ [0-9a-f]{8}$")
 TASKS = 8
@@ -56,13 +58,13 @@ def carried(jobs: Jobs, library: Library, names: list[str], twin: list[str], dic
     Those that the library lacks, with its reason."""
     job = jobs.submit(library.features(names, names), tasks=TASKS, environment=library.variables)
     job.wait_event("started")
-    job.wait_output("ready\n")
+    job.wait_output("ready\n", SLOW)
     lacks = lacking(job.said())
     there = [name for name in names if name not in lacks]
     inside = there if soak() else [dice.choice(there)]
     for name in there:
         if name in inside:
-            job.wait_output(f"{name} held\n")
+            job.wait_output(f"{name} held\n", SLOW)
             survives(job)
             job.requeue("hpccr")
         job.cluster.write(job.directory / f"go-{name}", "", job.user)

@@ -289,12 +289,14 @@ def test_a_pipeline(jobs: Jobs, how: str) -> None:
 
 def test_a_python_script_with_arguments(jobs: Jobs) -> None:
     program = jobs.cluster.check("ctl", "cat", f"{SOURCES}/threads.py")
-    given = ["--rounds", str(rounds(250, 2000)), "--work", "20000", "--log", "threads.log"]
+    given = ["--rounds", str(rounds(250, 2000)), "--work", "20000", "--log", "threads.log", "--gate", "gate"]
     mail = "--mail-type=END"
     twin = jobs.sbatch(program, [mail], interpreter="/usr/bin/python3", arguments=given)
     job = jobs.sbatch(program, ["--checkpoint=requeue", mail], interpreter="/usr/bin/python3", arguments=given)
+    twin.open_gate()
     wait_for("output", lambda: job.output.exists() and job.output.stat().st_size)
     job.requeue("scontrol")
+    job.open_gate()
     job.wait_success()
     twin.wait_success()
     assert job.said() == twin.said()

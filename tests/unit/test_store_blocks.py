@@ -7,6 +7,7 @@ import random
 import warnings
 from pathlib import Path
 
+import msgspec
 import pytest
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
@@ -318,3 +319,30 @@ def test_any_bytes_are_no_index(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "index.bin").write_bytes(data)
     with pytest.raises(CorruptError):
         index.read(tmp_path / "index.bin")
+
+
+def test_a_job_that_has_become_small_does_not_read_what_it_was(tmp_path: Path) -> None:
+    """A flush would read the large packs again before it refers to them, for as long as it takes to read them."""
+    read: list[int] = []
+    large, small = noise(1, 64 * BLOCK), noise(1, 2 * BLOCK)
+    write(capsule(tmp_path, 1), {"pages-1.img": large})
+    directory = capsule(tmp_path, 2)
+    publish.make_directory(directory)
+    found = inherit(directory, len(small), alive=lambda: read.append(1))
+    assert not found.packs and not read and not list(directory.glob("*.pack"))
+    for sequence in (2, 3):
+        write(capsule(tmp_path, sequence), {"pages-1.img": small})
+        assert content(capsule(tmp_path, sequence)) == {"pages-1.img": small}
+    assert written(capsule(tmp_path, 2)) and not written(capsule(tmp_path, 3))
+
+
+def test_a_block_is_never_stored_in_more_than_it_has(tmp_path: Path) -> None:
+    """Who makes an index himself cannot have gigabytes read for one block."""
+    write(capsule(tmp_path, 1), {"a.img": noise(1, BLOCK)})
+    found = index.read_index(capsule(tmp_path, 1))
+    digest, offset, pack, _, length = index.ROW.unpack(found.raw(0))
+    pack_of_many = msgspec.structs.replace(found.header.packs[0], size=2 * length)
+    header = msgspec.structs.replace(found.header, packs=(pack_of_many,))
+    made = index.Index(found.path, header, memoryview(index.ROW.pack(digest, offset, pack, length + 1, length)))
+    with pytest.raises(CorruptError, match="cannot be where"):
+        list(made.rows("a.img"))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import hpccr
 from hpccr.model import FlushProgress
-from hpccr.store import damage, worker
+from hpccr.store import damage, privileges, worker
 from hpccr.store.publish import make_directory, read
 
 SOURCE = str(Path(hpccr.__file__).parent.parent)
@@ -166,6 +166,7 @@ def test_the_user_cannot_trace_it() -> None:
         assert status["NoNewPrivs"].strip() == "1"
         limits = (proc / "limits").read_text()
         assert re.search(r"Max core file size +0 +0 ", limits)
+        assert re.search(rf"Max data size +{privileges.DATA} +{privileges.DATA} ", limits)
         assert re.search(r"Max open files +\d{1,4} +\d{1,4} ", limits)
         # What belongs to root in /proc belongs to a process that is not dumpable (proc(5)).
         assert {(proc / name).stat().st_uid for name in ("mem", "environ", "fd")} == {0}
