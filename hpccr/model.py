@@ -171,6 +171,8 @@ class CapsuleImage(msgspec.Struct, frozen=True):
     """Names and links in FILES_LIST: what a restore puts back outside the private directories."""
     read: int = 0
     """Files in FILES_LIST that the job only reads."""
+    hung_up: tuple[int, ...] = ()
+    """Pseudo-terminals, by their number, whose slave had been open and was not any more."""
     criu_version: int = 0
     """As CRIU reports it over RPC: major * 10000 + minor * 100 + sublevel."""
     kernel: str = ""

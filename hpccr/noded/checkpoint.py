@@ -30,6 +30,7 @@ from hpccr.noded import (
     scan,
     services,
     syscalls,
+    terminals,
 )
 from hpccr.noded.capsule import Capsule
 from hpccr.noded.control import InitDumped, InitPrepare
@@ -79,6 +80,7 @@ class Checkpoint:
         self._polls: list[interrupted.Poll] = []
         self._waited: dict[int, interrupted.Poll] = {}
         self._interrupted: list[int] = []
+        self._hung_up: tuple[int, ...] = ()
 
     def _tree(self, *, stopped: bool = False) -> scan.Tree:
         helpers = (self._criu.pid, *self._saving.pids, *self._files.pids)
@@ -181,6 +183,7 @@ class Checkpoint:
         grown = scan.occupied(self._scanned, self._capsule.places) - self._occupied
         self._check_room(self._needed + max(0, grown))
         await services.cut(services.check(self._scanned))
+        self._hung_up = terminals.save(self._capsule, self._scanned, self._directory)
         await self._files.write_out(self._scanned)
         return Frozen()
 
@@ -199,6 +202,7 @@ class Checkpoint:
             tasks=len(self._scanned.tasks),
             stdio=self._capsule.stdio,
             private=self._saving.trees,
+            hung_up=self._hung_up,
             criu_version=self._criu_version,
             kernel=os.uname().release,
             cpu_flags=scan.cpu_flags(),

@@ -13,7 +13,19 @@ import time
 from dataclasses import replace
 
 from hpccr.errors import CorruptError, HpccrError
-from hpccr.noded import accesses, child, jobfiles, launch, mounts, private, recorded, scan, segments, subreaper
+from hpccr.noded import (
+    accesses,
+    child,
+    jobfiles,
+    launch,
+    mounts,
+    private,
+    recorded,
+    scan,
+    segments,
+    subreaper,
+    terminals,
+)
 from hpccr.noded.capsule import Capsule, Streams, kill, set_last_pid, wait_ended
 from hpccr.noded.control import InitRestore
 from hpccr.noded.criu import Final
@@ -83,6 +95,7 @@ class Restoration:
         finally:
             for handle in handles:
                 os.close(handle)
+        terminals.restore(self._capsule, image.hung_up, self._directory)
         self._capsule.root = image.root_pid
         self._capsule.stdio = self._streams.inodes()
         return Restored(fetch_seconds=0.0, restore_seconds=time.monotonic() - started, bytes=0, tasks=image.tasks)

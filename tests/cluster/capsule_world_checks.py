@@ -854,6 +854,55 @@ def an_abort_meets_a_dump_that_fails_by_itself(home: Path) -> None:
         one.read_until(b"again\n")
 
 
+TERMINALS = """
+    import os, select, sys
+    (ended, slave), (waits, other), fresh = os.openpty(), os.openpty(), os.posix_openpt(os.O_RDWR)
+    os.write(slave, b"last\\nwords")
+    os.close(slave)
+    masters = [ended, waits, fresh]
+    epoll = select.epoll()
+    for master in masters:
+        epoll.register(master, select.EPOLLHUP)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print("hung up:", *sorted(masters.index(fd) for fd, _ in epoll.poll(0)), flush=True)
+        if line == "open\\n":
+            os.unlockpt(fresh)
+            os.write(os.open(os.ptsname(fresh), os.O_RDWR | os.O_NOCTTY), b"hello")
+            print(os.read(fresh, 100).decode(), flush=True)
+        if line == "read\\n":
+            print(os.read(ended, 100).decode(), flush=True)
+            try:
+                os.read(ended, 100)
+            except OSError as error:
+                print(error.strerror, flush=True)
+"""
+
+
+@case
+def a_terminal_whose_other_end_was_closed_is_still_hung_up(home: Path) -> None:
+    """Whoever reads from it sees that those who wrote have ended, after all that they have written."""
+    with spool() as first, spool() as second:
+        with capsule() as one:
+            one.script(TERMINALS)
+            one.read_until(b"ready\n")
+            one.checkpoint(second)
+            one.write(b"\n")
+            one.read_until(b"hung up: 0\n")
+            dumped, _ = one.checkpoint(first, kill=True)
+        with capsule() as two:
+            two.restart(first, dumped)
+            two.write(b"\n")
+            two.read_until(b"hung up: 0\n")
+            dumped, _ = two.checkpoint(second, kill=True)
+        with capsule() as three:
+            three.restart(second, dumped)
+            three.write(b"read\n")
+            three.read_until(b"hung up: 0\nlast\r\nwords\nInput/output error\n")
+            three.write(b"open\n")
+            three.read_until(b"hello\n")
+
+
 HUGE = """
     import mmap, os, sys
     huge = mmap.MAP_ANONYMOUS | 0x40000
