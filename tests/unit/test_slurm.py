@@ -266,7 +266,7 @@ def test_the_right_task_of_an_array(slurm: Fake) -> None:
 
     query = slurm.answers({"jobs": [task(18, 0), task(17, 1)]})
     assert query.job("17_0").job == "18"
-    assert query.job("17").array == "17_1"
+    assert query.job("17").array == query.job("17").only == "17_1"
     assert [job.job for job in query.jobs("user1")] == ["17", "18"]
     assert slurm.called()[-1] == "squeue --json --user=user1"
 
