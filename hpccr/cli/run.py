@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hpccr.errors import HpccrError, SupersededError, UnsupportedError, UsageErr
 from hpccr.model import StepKey
 from hpccr.slurm.commands import CommandQuery
 from hpccr.slurm.env import Allocation
+from hpccr.slurm.query import SlurmError
 from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, Step, Store
 from hpccr.store.publish import FILE_MODE, make_directory
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         os.execvp(argv[0], argv)  # noqa: S606 - what the user asked to run
     config = _with_options(config, args)
     store = Store.at(args.dir or config.store.dir)
-    allocation = Allocation.from_environ(os.environ)
+    allocation = own_allocation()
     if allocation is None:
         _check_trees(config)
         key = StepKey("local", f"{time.strftime('%Y%m%d')}_{secrets.token_hex(3)}", "0")
@@ -122,6 +124,20 @@ def run(args: argparse.Namespace, config: Config) -> int:
         batch=args.batch,
         verbose=args.verbose,
     )
+
+
+def own_allocation() -> Allocation | None:
+    """The allocation this process runs in, None outside of a job. Raises UsageError, UnsupportedError."""
+    allocation = Allocation.from_environ(os.environ)
+    if allocation is None or not allocation.restarts:
+        return allocation
+    # Slurm sets SLURM_RESTART_COUNT from the first requeue on. Before, it may be of the job that submitted this one.
+    try:
+        restarts = CommandQuery().job(allocation.job).restarts
+    except SlurmError:
+        return allocation
+    # Slurm's is one more when the job is being requeued at this moment.
+    return replace(allocation, restarts=min(restarts, allocation.restarts))
 
 
 def _tell_usual_store(args: argparse.Namespace, store: Store, step: Step) -> None:

@@ -13,7 +13,8 @@ from hpccr.slurm.hostlist import expand, expand_tasks
 class Allocation:
     """The allocation this process runs in.
 
-    job: the job id, unique also for a task of an array. restarts: how often Slurm has requeued it (0 the first time).
+    job: the job id, unique also for a task of an array. restarts: how often Slurm has requeued it (0 the first time);
+    the first time it may be that of a requeued job which this one was submitted in.
     nodes: in Slurm's order; the batch script runs on the first. tasks: ranks per node (CPUs, where no number of tasks
     was asked for). end_time: when the time limit ends it, seconds since the epoch; None if Slurm did not say.
     this_node: the Slurm name of this node; None outside of the allocated nodes (salloc's shell on a login node).
