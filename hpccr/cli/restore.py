@@ -58,5 +58,6 @@ def run(args: argparse.Namespace, config: Config) -> int:
         resume=True,
         asked=True,
         sequence=args.sequence,
+        batch=record.batch,
         verbose=args.verbose,
     )

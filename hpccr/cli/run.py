@@ -36,7 +36,7 @@ from hpccr.slurm.query import SlurmError
 from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, Step, Store
 from hpccr.store.publish import FILE_MODE, make_directory
-from hpccr.store.steps import claim_step
+from hpccr.store.steps import claim_step, last_run
 
 log = logging.getLogger(__name__)
 
@@ -219,14 +219,17 @@ def start(
             asked=asked,
             sequence=sequence,
             batch=batch,
-            run=allocation.restarts if allocation else 0,
+            # Who goes on with a job by hand is no run of it, and takes the place of the last one.
+            run=last_run(step) if asked else allocation.restarts if allocation else 0,
         )
         command = _command(argv, config, allocation, told=resume)
         try:
             return asyncio.run(coordinator.run(command, len(site.nodes)))
         except SupersededError as error:
-            # Told in the log only: the job's output files have lines of the later run by now.
             log.error("%s", error.message)
+            if asked:
+                raise
+            # Told in the log only: the job's output files have lines of the later run by now.
             return int(error.code)
 
 

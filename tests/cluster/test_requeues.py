@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from jobs import Jobs
+from waiting import wait_for
 
 GATED = "echo begun; until [ -e gate ]; do sleep 0.1; done; echo end"
 
@@ -26,3 +29,19 @@ def test_a_job_that_is_submitted_inside_a_requeued_one(jobs: Jobs, plugin: bool,
     job.wait_success()
     assert job.slurm().restarts == 1 and len(job.events("restored")) == 1
     assert job.said() == f"count {'none' if plugin else 2}\nbegun\nend\n"
+
+
+def test_a_job_that_was_requeued_and_is_gone_on_with_in_another(jobs: Jobs) -> None:
+    job = jobs.sbatch(GATED, ["--checkpoint=requeue"])
+    job.wait_output("begun")
+    job.requeue("scontrol", avoid=False)
+    job.cancel()
+    other = jobs.sbatch(f"exec hpccr restore {job.id}")
+    record = job.step() / "step.json"
+    wait_for("the job to run again", lambda: json.loads(record.read_text())["state"] == "running" or other.slurm().over)
+    # The script has been one all the time, and is not sent what asks for a checkpoint.
+    other.signal("USR1", "--batch")
+    wait_for("its checkpoint", lambda: [event["reason"] for event in job.events("released")][1:] == ["signal"])
+    job.open_gate()
+    other.wait_success()
+    assert len(job.events("restored")) == 2 and other.said().endswith("end\n")
