@@ -103,7 +103,15 @@ def run(args: argparse.Namespace, config: Config) -> int:
     _tell_usual_store(args, store, step)
     record = step.record()
     if record is not None and record.state == FINISHED and record.exit_code is not None and not args.fresh:
-        log.info("step %s has finished before the requeue: it is not run again", step.key)
+        if args.batch or record.exit_code:
+            what, again = argv[0], "hpccr run --fresh"
+            if args.batch:
+                what, again = "the script", f"hpccr rm --force {allocation.job}; scontrol requeue {allocation.job}"
+            print(
+                f"hpccr: {what} ended with exit code {record.exit_code} before the requeue: it is not run again\n"
+                f"hint: to start from the beginning: {again}",
+                file=sys.stderr,
+            )
         return record.exit_code
     resume = record is not None and not args.fresh
     if record is None and allocation.restarts and step.key.step == "0":

@@ -594,6 +594,29 @@ def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pyte
         assert refused.code == 2 and "whole home directory" in refused.err, refused.err
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (("--batch",), 3, "hpccr rm --force 17; scontrol requeue 17"),
+        (("--batch",), 0, "hpccr rm --force 17; scontrol requeue 17"),
+        ((), 3, "hpccr run --fresh"),
+        ((), 0, ""),  # one command of a script of several
+    ],
+)
+def test_what_has_ended_is_not_run_again_and_that_is_said(
+    hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, told: str
+) -> None:
+    for name, value in {"CLUSTER_NAME": "tb", "JOB_ID": "17", "JOB_NODELIST": "node1", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    publish.publish(step.record_path, record("finished", exit_code=code))
+    done = hpccr("run", *options, "./script")
+    assert done.code == code and done.out == ""
+    if told:
+        assert f"script ended with exit code {code}" in done.err and told in done.err
+    else:
+        assert done.err == ""
+
+
 def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")
