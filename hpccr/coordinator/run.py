@@ -539,6 +539,8 @@ class Coordinator:
         if self._still is not None:
             self._still.cancel()
         if suspended:
+            self._checkpoints.suspensions += 1
+            self._event("suspended")
             # Where it was only somebody's ^Z no SIGCONT needs to follow.
             self._still = asyncio.get_running_loop().call_later(STILL, self._not_suspended)
         if self._boot is None:
