@@ -617,6 +617,12 @@ def test_what_has_ended_is_not_run_again_and_that_is_said(
         assert done.err == ""
 
 
+def test_a_configuration_file_that_is_no_text(hpccr: Call, tmp_path: Path) -> None:
+    (tmp_path / "hpccr.toml").write_bytes('[store]\ndir = "/scratch/é"\n'.encode("latin-1"))
+    done = hpccr("--config", str(tmp_path / "hpccr.toml"), "list")
+    assert done.code == 2 and f"cannot read {tmp_path}/hpccr.toml" in done.err
+
+
 def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")
