@@ -623,6 +623,14 @@ def test_a_configuration_file_that_is_no_text(hpccr: Call, tmp_path: Path) -> No
     assert done.code == 2 and f"cannot read {tmp_path}/hpccr.toml" in done.err
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed(step: Step, closed: str) -> None:
+    shell = f'exec "$0" -m hpccr list {closed}'
+    done = subprocess.run(["/bin/sh", "-c", shell, sys.executable], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert ("tb-17" in done.stdout) == (" >" not in f" {closed}")
+
+
 def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")
