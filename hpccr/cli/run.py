@@ -36,7 +36,7 @@ from hpccr.slurm.query import SlurmError
 from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, Step, Store
 from hpccr.store.publish import FILE_MODE, make_directory
-from hpccr.store.steps import claim_step, last_run
+from hpccr.store.steps import anothers, claim_step, last_run
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,14 @@ def run(args: argparse.Namespace, config: Config) -> int:
                 f"hpccr: this is {key.job_directory}; checkpoint it with: hpccr checkpoint {key.job}", file=sys.stderr
             )
         return start(config, step, argv, allocation=None, resume=False, batch=args.batch, verbose=args.verbose)
-    step = claim_step(store, allocation.cluster, allocation.job, allocation.restarts)
+    job = store.job(allocation.cluster, allocation.job)
+    step = claim_step(store, job.cluster, job.job, allocation.restarts, began=allocation.start_time)
+    if not allocation.restarts and anothers(job.step("0")):
+        print(
+            f"hpccr: warning: {job.path} has checkpoints of another job {job.job}, from before Slurm's numbers "
+            f"began anew; they are kept, and this is step {step.key.step}",
+            file=sys.stderr,
+        )
     _tell_usual_store(args, store, step)
     record = step.record()
     if record is not None and record.state == FINISHED and record.exit_code is not None and not args.fresh:

@@ -594,6 +594,19 @@ def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pyte
         assert refused.code == 2 and "whole home directory" in refused.err, refused.err
 
 
+def in_job(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    for name, value in {"CLUSTER_NAME": "tb", "JOB_ID": "17", "JOB_NODELIST": "node1", **more}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+def test_a_job_with_the_number_of_an_older_one(hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_job(monkeypatch, JOB_START_TIME="100000")
+    done = hpccr("run", "true")
+    assert done.code == 13 and "is not a node of job 17" in done.err  # which is far enough
+    assert "checkpoints of another job 17" in done.err and "this is step 1" in done.err
+    assert step.record() == record() and step.complete()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "told"),
     [
@@ -606,8 +619,7 @@ def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pyte
 def test_what_has_ended_is_not_run_again_and_that_is_said(
     hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, told: str
 ) -> None:
-    for name, value in {"CLUSTER_NAME": "tb", "JOB_ID": "17", "JOB_NODELIST": "node1", "RESTART_COUNT": "1"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+    in_job(monkeypatch, RESTART_COUNT="1")
     publish.publish(step.record_path, record("finished", exit_code=code))
     done = hpccr("run", *options, "./script")
     assert done.code == code and done.out == ""
