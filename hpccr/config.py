@@ -134,7 +134,7 @@ def load(path: str | os.PathLike[str] | None = None, *, environ: Mapping[str, st
     except FileNotFoundError:
         if path is not None:
             raise UsageError(f"no configuration file {name}") from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read {name}: {error}") from None
     try:
         config = msgspec.convert(data, Config)

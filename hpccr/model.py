@@ -269,6 +269,8 @@ class StepRecord(msgspec.Struct, frozen=True):
     """When the next checkpoint by the clock begins, while there is one."""
     trees: tuple[str, ...] = ()
     """FileRules.trees, for `hpccr restore`."""
+    batch: bool = False
+    """The command is the whole batch script."""
     stdout_base: Stream | None = None
     stderr_base: Stream | None = None
 

@@ -111,6 +111,9 @@ void submit_options_read(int argc, char **argv)
 	}
 	if (!request_made())
 		return;
+	/* Inside a job these are of that job, and a job that is neither requeued nor heterogeneous gets none of its own. */
+	unsetenv("SLURM_RESTART_COUNT");
+	unsetenv("SLURM_HET_SIZE");
 	if (in_salloc())
 		set_variables(argc, argv);
 	else

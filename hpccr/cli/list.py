@@ -57,11 +57,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
         right=frozenset({"LAST", "AGE", "SIZE", "FROZEN", "NEXT"}),
     )
     for row in found:
-        if row["state"] == UNPROTECTED:
+        if row["state"] == UNPROTECTED and known is not None:
             print(
                 f"hpccr: job {row['job']} asked for checkpoints and runs without hpccr\n"
                 f"hint: has {row['node']} the plugin? `hpccr doctor` compares the nodes; "
-                f"scontrol requeue {row['job']} starts it again",
+                f"scontrol requeue {known.jobs[row['job']].only} starts it again",
                 file=sys.stderr,
             )
     return 0

@@ -56,6 +56,7 @@ def entry(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
     command has been ended by a signal: this process ends by the same one."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    _fill_closed()
     args = _parser(argv).parse_args(_spelt_out(argv))
     try:
         # Loading it here keeps `hpccr --help` alive when the file is broken.
@@ -81,6 +82,17 @@ def entry(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None =
         where = f"{error.filename}: " if error.filename else ""
         failure = error_for(ExitCode.FAILED, f"{where}{error.strerror or error}", HINTS.get(error.errno or 0, UNKNOWN))
         return _complain(failure, debug=args.debug)
+
+
+def _fill_closed() -> None:
+    """/dev/null where the caller has closed a standard stream: a file that is opened later would take its place, and a
+    job's output."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - it is for good
 
 
 def _complain(error: HpccrError, *, debug: bool) -> int:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         # It was cancelled, or its time was over, before Slurm was asked.
         raise left or HpccrError(
             f"{describe(step, reply)}, but the job is {'+'.join(sorted(after.states))} and not requeued",
-            hint=f"to go on from that checkpoint: scontrol requeue {step.key.job}",
+            hint=f"to go on from that checkpoint: scontrol requeue {after.only}",
         )
     if left is not None and (before is None or after is None):
         raise left
@@ -77,12 +77,12 @@ def start_now(query: JobQuery, job: str) -> None:
         if time.monotonic() > deadline:
             raise HpccrError(
                 f"job {job} is requeued but still {'+'.join(sorted(info.states))}",
-                hint=f"once it is pending: scontrol update jobid={job} StartTime=now",
+                hint=f"once it is pending: scontrol update jobid={info.only} StartTime=now",
             )
         # Slurm has no event to wait for.
         time.sleep(POLL)
     if "PENDING" in info.states:
-        query.start_now(job)
+        query.start_now(info.only)
 
 
 def _queued(info: JobInfo) -> bool:

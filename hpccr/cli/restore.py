@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 from typing import Any
 
 from msgspec import structs
 
 from hpccr.cli.jobs import find_job
-from hpccr.cli.run import start
+from hpccr.cli.run import own_allocation, start
 from hpccr.config import Config
 from hpccr.coordinator.candidates import Candidates
 from hpccr.errors import LockedError, NoCheckpointError, UsageError
-from hpccr.slurm.env import Allocation
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +54,10 @@ def run(args: argparse.Namespace, config: Config) -> int:
         config,
         step,
         record.argv,
-        allocation=Allocation.from_environ(os.environ),
+        allocation=own_allocation(),
         resume=True,
         asked=True,
         sequence=args.sequence,
+        batch=record.batch,
         verbose=args.verbose,
     )

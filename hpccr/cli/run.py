@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from hpccr.errors import HpccrError, SupersededError, UnsupportedError, UsageErr
 from hpccr.model import StepKey
 from hpccr.slurm.commands import CommandQuery
 from hpccr.slurm.env import Allocation
+from hpccr.slurm.query import SlurmError
 from hpccr.store import elsewhere
 from hpccr.store.layout import FINISHED, Step, Store
 from hpccr.store.publish import FILE_MODE, make_directory
-from hpccr.store.steps import claim_step
+from hpccr.store.steps import anothers, claim_step, last_run
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
         os.execvp(argv[0], argv)  # noqa: S606 - what the user asked to run
     config = _with_options(config, args)
     store = Store.at(args.dir or config.store.dir)
-    allocation = Allocation.from_environ(os.environ)
+    allocation = own_allocation()
     if allocation is None:
         _check_trees(config)
         key = StepKey("local", f"{time.strftime('%Y%m%d')}_{secrets.token_hex(3)}", "0")
@@ -97,11 +99,26 @@ def run(args: argparse.Namespace, config: Config) -> int:
                 f"hpccr: this is {key.job_directory}; checkpoint it with: hpccr checkpoint {key.job}", file=sys.stderr
             )
         return start(config, step, argv, allocation=None, resume=False, batch=args.batch, verbose=args.verbose)
-    step = claim_step(store, allocation.cluster, allocation.job, allocation.restarts)
+    job = store.job(allocation.cluster, allocation.job)
+    step = claim_step(store, job.cluster, job.job, allocation.restarts, began=allocation.start_time)
+    if not allocation.restarts and anothers(job.step("0")):
+        print(
+            f"hpccr: warning: {job.path} has checkpoints of another job {job.job}, from before Slurm's numbers "
+            f"began anew; they are kept, and this is step {step.key.step}",
+            file=sys.stderr,
+        )
     _tell_usual_store(args, store, step)
     record = step.record()
     if record is not None and record.state == FINISHED and record.exit_code is not None and not args.fresh:
-        log.info("step %s has finished before the requeue: it is not run again", step.key)
+        if args.batch or record.exit_code:
+            what, again = argv[0], "hpccr run --fresh"
+            if args.batch:
+                what, again = "the script", f"hpccr rm --force {allocation.job}; scontrol requeue {allocation.job}"
+            print(
+                f"hpccr: {what} ended with exit code {record.exit_code} before the requeue: it is not run again\n"
+                f"hint: to start from the beginning: {again}",
+                file=sys.stderr,
+            )
         return record.exit_code
     resume = record is not None and not args.fresh
     if record is None and allocation.restarts and step.key.step == "0":
@@ -122,6 +139,20 @@ def run(args: argparse.Namespace, config: Config) -> int:
         batch=args.batch,
         verbose=args.verbose,
     )
+
+
+def own_allocation() -> Allocation | None:
+    """The allocation this process runs in, None outside of a job. Raises UsageError, UnsupportedError."""
+    allocation = Allocation.from_environ(os.environ)
+    if allocation is None or not allocation.restarts:
+        return allocation
+    # Slurm sets SLURM_RESTART_COUNT from the first requeue on. Before, it may be of the job that submitted this one.
+    try:
+        restarts = CommandQuery().job(allocation.job).restarts
+    except SlurmError:
+        return allocation
+    # Slurm's is one more when the job is being requeued at this moment.
+    return replace(allocation, restarts=min(restarts, allocation.restarts))
 
 
 def _tell_usual_store(args: argparse.Namespace, store: Store, step: Step) -> None:
@@ -203,14 +234,17 @@ def start(
             asked=asked,
             sequence=sequence,
             batch=batch,
-            run=allocation.restarts if allocation else 0,
+            # Who goes on with a job by hand is no run of it, and takes the place of the last one.
+            run=last_run(step) if asked else allocation.restarts if allocation else 0,
         )
         command = _command(argv, config, allocation, told=resume)
         try:
             return asyncio.run(coordinator.run(command, len(site.nodes)))
         except SupersededError as error:
-            # Told in the log only: the job's output files have lines of the later run by now.
             log.error("%s", error.message)
+            if asked:
+                raise
+            # Told in the log only: the job's output files have lines of the later run by now.
             return int(error.code)
 
 

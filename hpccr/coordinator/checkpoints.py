@@ -56,6 +56,8 @@ class Checkpoints:
         self.costs = Costs()
         self.suspended = False
         """The job is stopped by `scontrol suspend`."""
+        self.suspensions = 0
+        """How often it has been: what a clock says of the time since is no measure."""
         self._safe_at: float | None = None
         """When the newest durable checkpoint of this run of the job was made, by the monotonic clock."""
         self.ending = False
@@ -190,16 +192,18 @@ class Checkpoints:
         hurry: bool = False,
     ) -> Snapshot:
         self.check()
-        asked = time.monotonic()
+        asked, suspensions = time.monotonic(), self.suspensions
         snapshot = await boot.checkpoint(kill=kill, reason=reason, wait=wait, quiesce=quiesce, hurry=hurry)
         self.costs = self.costs.with_freeze(snapshot.manifest.freeze_seconds)
-        task = asyncio.create_task(self._after(boot, snapshot, asked, kill=kill))
+        task = asyncio.create_task(self._after(boot, snapshot, asked, suspensions, kill=kill))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return snapshot
 
-    async def _after(self, boot: Boot, snapshot: Snapshot, asked: float, *, kill: bool) -> None:
-        """When the checkpoint is durable: drop the oldest. If it never will be and the tasks are dead: start again."""
+    async def _after(self, boot: Boot, snapshot: Snapshot, asked: float, suspensions: int, *, kill: bool) -> None:
+        """When the checkpoint is durable: drop the oldest. If it never will be and the tasks are dead: start again.
+
+        asked, suspensions: when it was asked for, and how often the job had been suspended by then."""
         try:
             await boot.flushes.durable(snapshot.manifest.sequence)
         except HpccrError as error:
@@ -209,7 +213,8 @@ class Checkpoints:
             await self._collect()  # what failed ones have left may be what the store has no room for
             return
         self._safe_at = asked
-        self.costs = self.costs.with_whole(time.monotonic() - asked)
+        if suspensions == self.suspensions:
+            self.costs = self.costs.with_whole(time.monotonic() - asked)
         try:
             await asyncio.to_thread(self._site.show, _shown(snapshot))
         except HpccrError as error:

@@ -78,7 +78,8 @@ class Coordinator:
         batch: bool = False,
         run: int = 0,
     ) -> None:
-        """incarnation: of the step's last boot, -1 if it has had none. run: SLURM_RESTART_COUNT.
+        """incarnation: of the step's last boot, -1 if it has had none. run: the mark of this run, above
+        which every other is of a later one (see succession).
 
         resume: start from the newest complete checkpoint if there is one; sequence: exactly from this one.
         asked: by a person, who may try as often as it takes.
@@ -234,6 +235,7 @@ class Coordinator:
                 updated=now,
                 due=due,
                 trees=self._config.files.trees,
+                batch=self._batch,
                 stdout_base=began[0],
                 stderr_base=began[1],
             )
@@ -537,6 +539,8 @@ class Coordinator:
         if self._still is not None:
             self._still.cancel()
         if suspended:
+            self._checkpoints.suspensions += 1
+            self._event("suspended")
             # Where it was only somebody's ^Z no SIGCONT needs to follow.
             self._still = asyncio.get_running_loop().call_later(STILL, self._not_suspended)
         if self._boot is None:

@@ -89,12 +89,14 @@ class Costs:
 
 
 def costs_so_far(happened: Iterable[Mapping[str, Any]]) -> Costs:
-    """What the last RECENT checkpoints of a step took, by its events. One whose end was not seen took at least the
-    time until its release."""
+    """What the last RECENT checkpoints of a step took, by its events. One whose end was not seen, or came after the job
+    had been suspended, took at least the time until its release."""
     freezes: dict[int, float] = {}
     wholes: dict[int, float] = {}
     ends: dict[int, float] = {}
     for event in happened:
+        if event["event"] == "suspended":
+            ends.clear()
         number = event.get("sequence")
         if not isinstance(number, int):
             continue

@@ -104,19 +104,19 @@ class SlurmSite(Site):
         return estimate_mtbf(self._query.nodes(), time.time())
 
     def at_work(self) -> None:
-        if self._query.job(self._allocation.job).comment == WAITING:
-            self._query.set_comment(self._allocation.job, COMMENT + "no checkpoint yet")
+        info = self._query.job(self._allocation.job)
+        if info.comment == WAITING:
+            self._query.set_comment(info.only, COMMENT + "no checkpoint yet")
 
     def show(self, text: str) -> None:
         # Users have a comment of their own: that one stays.
-        job = self._allocation.job
-        comment = self._query.job(job).comment
-        if not comment or comment.startswith(COMMENT):
-            self._query.set_comment(job, COMMENT + text)
+        info = self._query.job(self._allocation.job)
+        if not info.comment or info.comment.startswith(COMMENT):
+            self._query.set_comment(info.only, COMMENT + text)
             return
-        extra = self._query.extra_text(job)
+        extra = self._query.extra_text(info.only)
         if not extra or extra.startswith(COMMENT):
-            self._query.set_extra_text(job, COMMENT + text)
+            self._query.set_extra_text(info.only, COMMENT + text)
 
     def check_requeue(self) -> None:
         check_requeue(self._query.job(self._allocation.job))
@@ -127,7 +127,7 @@ class SlurmSite(Site):
         info = self._query.job(self._allocation.job)
         if info.running and info.restarts == self._allocation.restarts:
             check_requeue(info)
-            self._query.requeue(self._allocation.job)
+            self._query.requeue(info.only)
 
     def move(self) -> None:
         self.ensure_requeued()  # unless Slurm has noticed by itself that a node is gone
@@ -150,5 +150,5 @@ def check_requeue(info: JobInfo) -> None:
     if not info.requeue:
         raise UnsupportedError(
             f"job {info.job} may not be requeued",
-            hint=f"submit it with `#SBATCH --requeue`, or now: scontrol update jobid={info.job} Requeue=1",
+            hint=f"submit it with `#SBATCH --requeue`, or now: scontrol update jobid={info.only} Requeue=1",
         )

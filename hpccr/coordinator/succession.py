@@ -20,7 +20,7 @@ POLL = 5.0
 
 
 class Succession:
-    """run: SLURM_RESTART_COUNT of this run of the job."""
+    """run: this run's mark, its SLURM_RESTART_COUNT; for `hpccr restore` that of the last run."""
 
     def __init__(self, step: Step, run: int) -> None:
         self._step = step

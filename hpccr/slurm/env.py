@@ -13,9 +13,11 @@ from hpccr.slurm.hostlist import expand, expand_tasks
 class Allocation:
     """The allocation this process runs in.
 
-    job: the job id, unique also for a task of an array. restarts: how often Slurm has requeued it (0 the first time).
+    job: the job id, unique also for a task of an array. restarts: how often Slurm has requeued it (0 the first time);
+    the first time it may be that of a requeued job which this one was submitted in.
     nodes: in Slurm's order; the batch script runs on the first. tasks: ranks per node (CPUs, where no number of tasks
-    was asked for). end_time: when the time limit ends it, seconds since the epoch; None if Slurm did not say.
+    was asked for). start_time, end_time: of this run of the job, and when the time limit ends it, seconds since the
+    epoch; None if Slurm did not say.
     this_node: the Slurm name of this node; None outside of the allocated nodes (salloc's shell on a login node).
     """
 
@@ -24,6 +26,7 @@ class Allocation:
     restarts: int
     nodes: tuple[str, ...]
     tasks: tuple[int, ...]
+    start_time: float | None
     end_time: float | None
     this_node: str | None
     user: str
@@ -67,6 +70,7 @@ class Allocation:
             restarts=_number(environ, "SLURM_RESTART_COUNT") or 0,
             nodes=tuple(nodes),
             tasks=tuple(tasks[: len(nodes)]),
+            start_time=_number(environ, "SLURM_JOB_START_TIME"),
             end_time=_number(environ, "SLURM_JOB_END_TIME"),
             this_node=environ.get("SLURMD_NODENAME") or None,
             user=environ.get("SLURM_JOB_USER", ""),

@@ -56,6 +56,12 @@ class JobInfo:
     preempt_time: float | None
 
     @property
+    def only(self) -> str:
+        """What to call it where something is done to it: by the job id of the task of an array that started last, which
+        is the array's, Slurm understands all of its tasks."""
+        return self.array or self.job
+
+    @property
     def running(self) -> bool:
         return "RUNNING" in self.states and "COMPLETING" not in self.states
 
@@ -64,7 +70,8 @@ class JobQuery(Protocol):
     """Slurm, as far as hpccr needs it.
 
     Every method blocks until Slurm answers or a timeout is over (see job_query) and raises SlurmError with a hint
-    when Slurm does not answer or refuses; UnknownJobError when it knows no such job.
+    when Slurm does not answer or refuses; UnknownJobError when it knows no such job. What changes a job, or reads its
+    Extra, wants JobInfo.only.
     """
 
     def job(self, job: str) -> JobInfo:

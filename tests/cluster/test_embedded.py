@@ -117,6 +117,7 @@ def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, lib
 
 def test_exit_code_and_no_leftovers_of_a_killed_one(machine: Machine) -> None:
     assert machine.shell("hpccr run sh -c 'exit 3'").returncode == 3
+    assert machine.shell("hpccr run sh -c 'echo lost; exit 3' >&-").returncode == 3
     assert machine.shell("echo text | hpccr run cat").stdout == "text\n"
     # It would print for ever, but that its reader's end is its own.
     assert machine.shell("hpccr run yes | head -1").stdout == "y\n"

@@ -101,6 +101,7 @@ def test_suspended_and_resumed_while_it_is_checkpointed(jobs: Jobs, workloads: W
     job.requeue()
     finish(job)
     assert not job.events("lost") and job.events("released")
+    assert len(job.events("suspended")) == rounds(2, 20) + 1
 
 
 def test_a_stop_that_stops_nothing_keeps_checkpoints_off_only_for_a_while(jobs: Jobs) -> None:

@@ -594,6 +594,55 @@ def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pyte
         assert refused.code == 2 and "whole home directory" in refused.err, refused.err
 
 
+def in_job(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    for name, value in {"CLUSTER_NAME": "tb", "JOB_ID": "17", "JOB_NODELIST": "node1", **more}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+def test_a_job_with_the_number_of_an_older_one(hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_job(monkeypatch, JOB_START_TIME="100000")
+    done = hpccr("run", "true")
+    assert done.code == 13 and "is not a node of job 17" in done.err  # which is far enough
+    assert "checkpoints of another job 17" in done.err and "this is step 1" in done.err
+    assert step.record() == record() and step.complete()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (("--batch",), 3, "hpccr rm --force 17; scontrol requeue 17"),
+        (("--batch",), 0, "hpccr rm --force 17; scontrol requeue 17"),
+        ((), 3, "hpccr run --fresh"),
+        ((), 0, ""),  # one command of a script of several
+    ],
+)
+def test_what_has_ended_is_not_run_again_and_that_is_said(
+    hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, told: str
+) -> None:
+    in_job(monkeypatch, RESTART_COUNT="1")
+    publish.publish(step.record_path, record("finished", exit_code=code))
+    done = hpccr("run", *options, "./script")
+    assert done.code == code and done.out == ""
+    if told:
+        assert f"script ended with exit code {code}" in done.err and told in done.err
+    else:
+        assert done.err == ""
+
+
+def test_a_configuration_file_that_is_no_text(hpccr: Call, tmp_path: Path) -> None:
+    (tmp_path / "hpccr.toml").write_bytes('[store]\ndir = "/scratch/é"\n'.encode("latin-1"))
+    done = hpccr("--config", str(tmp_path / "hpccr.toml"), "list")
+    assert done.code == 2 and f"cannot read {tmp_path}/hpccr.toml" in done.err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed(step: Step, closed: str) -> None:
+    shell = f'exec "$0" -m hpccr list {closed}'
+    done = subprocess.run(["/bin/sh", "-c", shell, sys.executable], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert ("tb-17" in done.stdout) == (" >" not in f" {closed}")
+
+
 def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")

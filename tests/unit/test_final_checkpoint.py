@@ -10,9 +10,11 @@ import errno
 import itertools
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -268,6 +270,30 @@ def test_none_begins_in_a_job_that_is_about_to_be_stopped(step: Step) -> None:
         with pytest.raises(LockedError, match="is suspended"):
             await second
         assert scene.capsules[1].got["Prepare"] == 1
+
+    play(acts())
+
+
+def test_time_in_which_the_job_was_suspended_is_not_what_one_takes(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def acts() -> None:
+        scene = Scene(step)
+        await scene.run()
+        scene.capsules[1].held.add("Flushed")
+        clock = SimpleNamespace(monotonic=lambda: now, time=time.time, strftime=time.strftime, localtime=time.localtime)
+        monkeypatch.setattr(checkpoints, "time", clock)
+        shown: list[str] = []
+        monkeypatch.setattr(scene.site, "show", shown.append)
+        taken = []
+        for sequence in (1, 2):
+            now = 1000.0 * sequence
+            await scene.checkpoints.make(scene.boot, "first", wait=True)
+            now += 100.0
+            scene.checkpoints.suspensions += 2 - sequence
+            scene.boot.message(scene.capsules[1], m.Flushed(sequence, 10, 0.1))
+            while len(shown) < sequence:
+                await asyncio.sleep(0)
+            taken.append(scene.checkpoints.costs.whole)
+        assert taken == [0.0, 100.0]
 
     play(acts())
 

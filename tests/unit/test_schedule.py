@@ -78,6 +78,10 @@ def test_what_checkpoints_took_is_known_after_a_requeue() -> None:
     happened = made(1, 100, total=4, durable=130) + made(2, 200, total=6, durable=None)
     assert costs_so_far(happened) == Costs(frozen=3, whole=34)
     assert costs_so_far(made(1, 100, total=4, durable=None)) == Costs(frozen=2, whole=4)
+    # How long the job was suspended meanwhile, nobody has measured.
+    stopped = made(1, 100, total=4, durable=5000)
+    stopped.insert(2, {"event": "suspended", "time": 101})
+    assert costs_so_far(stopped) == Costs(frozen=2, whole=4)
     later = [event for number in range(RECENT) for event in made(number + 3, 1000, total=1, durable=1002)]
     assert costs_so_far(happened + later) == Costs(frozen=0.5, whole=3)
 

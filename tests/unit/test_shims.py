@@ -37,13 +37,14 @@ def test_sbatch_takes_nothing_of_ours_along(tmp_path: Path, path: str) -> None:
         "HPCCR_OWN": "HYDRA_LAUNCHER HPCCR_STEP_SECRET",
         "HYDRA_LAUNCHER": "rsh",
         "HPCCR_STEP_SECRET": "5e",
+        "SLURM_RESTART_COUNT": "2",
         "MINE": "kept",
     }
     done = call("sbatch", environ, "--wrap", "a b")
     assert done.returncode == 3
     lines = done.stdout.splitlines()
     assert {"MINE=kept", "argument --wrap", "argument a b"} <= set(lines)
-    assert not [line for line in lines if line.startswith(("HYDRA_LAUNCHER", "HPCCR_"))]
+    assert not [line for line in lines if line.startswith(("HYDRA_LAUNCHER", "HPCCR_", "SLURM_RESTART_COUNT"))]
     (found,) = (line for line in lines if line.startswith("PATH="))
     assert SHIMS not in found and str(real) in found
 

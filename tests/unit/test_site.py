@@ -50,6 +50,19 @@ def test_a_job_that_is_on_its_way_is_not_requeued_again(slurm: Fake) -> None:
     assert "scontrol requeue 17" in slurm.calls.read_text()
 
 
+def test_a_task_that_has_its_arrays_id_is_named_as_a_task(slurm: Fake) -> None:
+    task = {"array_job_id": {"set": True, "number": 17}, "array_task_id": {"set": True, "number": 3}}
+    slurm.answers({"jobs": [JOB | task | {"job_id": 16, "array_task_id": {"set": True, "number": 1}}, JOB | task]})
+    site(slurm).ensure_requeued()
+    site(slurm).show("text")  # the comment is the user's, so it goes into Extra
+    acts = [call for call in slurm.called() if not call.endswith("show job 17 --json")]
+    assert acts == [
+        "scontrol requeue 17_3",
+        "scontrol show job 17_3 --json",
+        "scontrol update JobId=17_3 Extra=hpccr: text",
+    ]
+
+
 def test_slurm_is_asked_until_it_requeues(slurm: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PAUSES", (0.0, 0.1))
     told: list[str] = []

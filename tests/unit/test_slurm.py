@@ -87,6 +87,7 @@ BATCH = {
     "SLURM_JOB_ID": "17",
     "SLURM_JOB_NODELIST": "node[1-3]",
     "SLURM_TASKS_PER_NODE": "5,1(x2)",
+    "SLURM_JOB_START_TIME": "1795424450",
     "SLURM_JOB_END_TIME": "1795425050",
     "SLURMD_NODENAME": "node1",
     "SLURM_JOB_USER": "user1",
@@ -102,6 +103,7 @@ def test_a_batch_environment() -> None:
         restarts=2,
         nodes=("node1", "node2", "node3"),
         tasks=(5, 1, 1),
+        start_time=1795424450,
         end_time=1795425050,
         this_node="node1",
         user="user1",
@@ -266,7 +268,7 @@ def test_the_right_task_of_an_array(slurm: Fake) -> None:
 
     query = slurm.answers({"jobs": [task(18, 0), task(17, 1)]})
     assert query.job("17_0").job == "18"
-    assert query.job("17").array == "17_1"
+    assert query.job("17").array == query.job("17").only == "17_1"
     assert [job.job for job in query.jobs("user1")] == ["17", "18"]
     assert slurm.called()[-1] == "squeue --json --user=user1"
 

@@ -33,7 +33,7 @@ from hpccr.store import damage, events, gc, index, publish
 from hpccr.store.blocks import Writer
 from hpccr.store.layout import FLUSH_STALE, Checkpoint, State, Step, Store
 from hpccr.store.lineage import BLOCK, inherit
-from hpccr.store.steps import claim_step
+from hpccr.store.steps import anothers, claim_step
 from hpccr.store.verify import verify
 
 KEY = StepKey(cluster="tb", job="17", step="0")
@@ -383,6 +383,23 @@ def test_the_nth_run_after_a_requeue_is_the_nth_before(tmp_path: Path) -> None:
     assert [claim_step(store, "tb", "17", 0).key.step for _ in range(3)] == ["0", "1", "2"]
     assert [claim_step(store, "tb", "17", 1).key.step for _ in range(4)] == ["0", "1", "2", "3"]
     assert claim_step(store, "tb", "18", 1).key.step == "0"
+
+
+def test_steps_of_an_earlier_job_of_the_same_number_are_left_alone(tmp_path: Path) -> None:
+    """Where slurmctld has lost its state. The second job's steps are the same ones in all of its runs."""
+    store = Store.at(tmp_path)
+
+    def claim(incarnation: int, *, began: float) -> str:
+        step = claim_step(store, "tb", "17", incarnation, began=began)
+        if step.record() is None:
+            publish.publish(step.record_path, msgspec.structs.replace(record(), started=began + 100))
+        return step.key.step
+
+    assert [claim(0, began=1000) for _ in range(2)] == ["0", "1"]
+    assert [claim(1, began=90_000) for _ in range(3)] == ["0", "1", "2"]
+    assert [claim(0, began=500_000) for _ in range(2)] == ["3", "4"]
+    assert [claim(1, began=600_000) for _ in range(3)] == ["3", "4", "5"]
+    assert [anothers(step) for step in store.job("tb", "17").steps()] == [True] * 3 + [False] * 3
 
 
 def test_concurrent_runs_get_different_steps(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Jobs that are not what the count of requeues in their environment says, and those that are gone on with by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobs import Jobs
+from waiting import wait_for
+
+GATED = "echo begun; until [ -e gate ]; do sleep 0.1; done; echo end"
+
+
+@pytest.mark.parametrize(("plugin", "how"), [(True, "hpccr"), (False, "scontrol")])
+def test_a_job_that_is_submitted_inside_a_requeued_one(jobs: Jobs, plugin: bool, how: str) -> None:
+    """It gets that one's count of requeues along, and Slurm replaces it only once this one is requeued itself."""
+    inherited = {"SLURM_RESTART_COUNT": "2"}
+    if plugin:
+        body = f'echo "count ${{SLURM_RESTART_COUNT-none}}"; {GATED}'
+        # And what a heterogeneous job says of itself, which hpccr refuses.
+        job = jobs.sbatch(body, ["--checkpoint=requeue"], environment=inherited | {"SLURM_HET_SIZE": "2"})
+    else:
+        body = f'echo "count $SLURM_RESTART_COUNT"; exec hpccr run sh -c "{GATED}"'
+        job = jobs.sbatch(body, ["--requeue --open-mode=append"], environment=inherited)
+    job.wait_output("begun")
+    job.requeue(how, avoid=False)
+    job.open_gate()
+    job.wait_success()
+    assert job.slurm().restarts == 1 and len(job.events("restored")) == 1
+    assert job.said() == f"count {'none' if plugin else 2}\nbegun\nend\n"
+
+
+def test_a_job_that_was_requeued_and_is_gone_on_with_in_another(jobs: Jobs) -> None:
+    job = jobs.sbatch(GATED, ["--checkpoint=requeue"])
+    job.wait_output("begun")
+    job.requeue("scontrol", avoid=False)
+    job.cancel()
+    other = jobs.sbatch(f"exec hpccr restore {job.id}")
+    record = job.step() / "step.json"
+    wait_for("the job to run again", lambda: json.loads(record.read_text())["state"] == "running" or other.slurm().over)
+    # The script has been one all the time, and is not sent what asks for a checkpoint.
+    other.signal("USR1", "--batch")
+    wait_for("its checkpoint", lambda: [event["reason"] for event in job.events("released")][1:] == ["signal"])
+    job.open_gate()
+    other.wait_success()
+    assert len(job.events("restored")) == 2 and other.said().endswith("end\n")
