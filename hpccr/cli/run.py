@@ -126,13 +126,12 @@ def run(args: argparse.Namespace, config: Config) -> int:
 
 def _tell_usual_store(args: argparse.Namespace, store: Store, step: Step) -> None:
     """Let `hpccr list` and the other commands find the job without being told of its store."""
-    usual = Store.at(load(args.config).store.dir)
-    if usual == store:
-        return
+    directory = load(args.config).store.dir
     try:
-        elsewhere.remember(usual, store.job(step.key.cluster, step.key.job))
+        if (usual := Store.at(directory)) != store:
+            elsewhere.remember(usual, store.job(step.key.cluster, step.key.job))
     except (OSError, HpccrError) as error:
-        log.warning("%s cannot say where the job's checkpoints are: %s", usual.root, error)
+        log.warning("%s cannot say where the job's checkpoints are: %s", directory, error)
 
 
 def _check_trees(config: Config) -> None:

@@ -282,6 +282,15 @@ def test_a_job_of_another_cluster_is_not_taken_for_the_one_of_its_number(
     assert "its job is" not in hpccr("checkpoint", "17").err
 
 
+def test_restore_knows_the_directories_of_files(hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose names are no text, which step.json has as in a URL."""
+    found: list[tuple[str, ...]] = []
+    monkeypatch.setattr("hpccr.cli.restore.start", lambda config, *_, **__: found.append(config.files.trees) or 0)
+    publish.publish(step.record_path, msgspec.structs.replace(record(), trees=("/proj/caf%E9", "/proj/b")))
+    assert hpccr("restore", "17").code == 0
+    assert found == [(os.fsdecode(b"/proj/caf\xe9"), "/proj/b")]
+
+
 def test_a_job_with_a_store_of_its_own(
     hpccr: Call, step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
