@@ -236,8 +236,8 @@ def _node_socket(config: Config, stack: ExitStack) -> str:
 def _agent_command(step: Step) -> Callable[[dict[str, int]], list[str]]:
     def command(counts: dict[str, int]) -> list[str]:
         several = [f"--count={node}={count}" for node, count in counts.items() if count > 1]
-        # -P: a queue.py beside the batch script is not the library's.
-        return [sys.executable, "-P", "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
+        # -I: neither a queue.py beside the batch script is the library's, nor one on the user's PYTHONPATH.
+        return [sys.executable, "-I", "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
 
     return command
 

@@ -603,11 +603,12 @@ def test_the_home_directory_is_not_one_jobs_state(hpccr: Call, monkeypatch: pyte
         assert refused.code == 2 and "whole home directory" in refused.err, refused.err
 
 
-def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
+def test_an_agent_takes_no_module_from_its_user(tmp_path: Path) -> None:
+    """Neither from the working directory nor from PYTHONPATH; and PYTHONHOME is another Python's."""
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")
     step = Step(tmp_path, KEY)
-    done = subprocess.run(
-        [*_agent_command(step)({}), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [*_agent_command(step)({}), "--help"]
+    environment = os.environ | {"PYTHONHOME": "/nonexistent", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--endpoint" in done.stdout, done
