@@ -16,18 +16,25 @@ class ExitCode(enum.IntEnum):
     PEER_LOST = 14
 
 
+def encodable(text: str) -> str:
+    """The text with an escape for each byte that is not UTF-8, as names of files and arguments may bring them
+    (surrogates: PEP 383): fit for JSON, for a message and for a terminal. Any other text stays as it is."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class HpccrError(Exception):
     """An error with a message for the user, a hint what to do (may be empty) and an exit code.
 
-    Crosses every process boundary of hpccr as wire.messages.Failed with the same three fields.
+    Crosses every process boundary of hpccr as wire.messages.Failed with the same three fields, which is why message and
+    hint are made encodable().
     """
 
     code: ExitCode = ExitCode.FAILED
 
     def __init__(self, message: str, *, hint: str = "", code: ExitCode | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(encodable(message))
+        self.message = encodable(message)
+        self.hint = encodable(hint)
         if code is not None:
             self.code = code
 

@@ -125,8 +125,8 @@ class FileRules(msgspec.Struct, frozen=True):
     """What a checkpoint saves of the job's files. trees: absolute paths of directories whose state is the job's;
     excluded: paths in them that are not; snapshot_limit: bytes of the largest file that is saved."""
 
-    trees: tuple[str, ...] = ()
-    excluded: tuple[str, ...] = ()
+    trees: tuple[bytes, ...] = ()
+    excluded: tuple[bytes, ...] = ()
     snapshot_limit: Size = 16 << 30
 
 
@@ -218,8 +218,8 @@ class Stream(msgspec.Struct, frozen=True):
 
     position: end of the job's own output in the regular file behind its stdout or stderr (None: not a regular file,
     cannot be cut back); for stdin the bytes the job has consumed. foreign: (offset, length) of what others wrote into
-    the file between the job's own output: Slurm's notices, but also the script's other commands. inode, path: which
-    file that was; another one is not cut.
+    the file between the job's own output: Slurm's notices, but also the script's other commands. inode, path:
+    which file that was (the path is encodable()); another one is not cut.
     """
 
     position: int | None
@@ -251,8 +251,9 @@ class Manifest(msgspec.Struct, frozen=True):
 class StepRecord(msgspec.Struct, frozen=True):
     """step.json: the step's command and state; rewritten by the coordinator at each change of state.
 
-    exit_code: of the finished step, else None. stdout_base/stderr_base: where the job's output began in the files
-    behind its stdout and stderr when the step first started: a start from the beginning goes back to there.
+    argv: for people to read, encodable() as all that may not be text. exit_code: of the finished step, else None.
+    stdout_base/stderr_base: where the job's output began in the files behind its stdout and stderr when the step first
+    started: a start from the beginning goes back to there.
     """
 
     format: int
@@ -268,7 +269,7 @@ class StepRecord(msgspec.Struct, frozen=True):
     due: float | None = None
     """When the next checkpoint by the clock begins, while there is one."""
     trees: tuple[str, ...] = ()
-    """FileRules.trees, for `hpccr restore`."""
+    """FileRules.trees, for `hpccr restore`; as in a URL, since names of directories need not be text."""
     batch: bool = False
     """The command is the whole batch script."""
     stdout_base: Stream | None = None

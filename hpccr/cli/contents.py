@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from hpccr.errors import CorruptError, UnsupportedError
+from hpccr.errors import CorruptError, UnsupportedError, encodable
 from hpccr.store.blocks import Reader
 from hpccr.store.index import read_index
 from hpccr.store.pagemap import messages, pages, pages_name
@@ -139,7 +139,7 @@ class _Images:
                 Process(
                     pid=node.pid,
                     parent=node.ppid,
-                    name=core.tc.comm,
+                    name=_text(core.tc.comm),
                     command=" ".join(word.decode(errors="replace") for word in arguments if word),
                     rank=_rank(environment),
                     threads=len(node.threads),
@@ -194,11 +194,16 @@ def _ranks(processes: list[Process]) -> int:
     return len({process.rank for process in processes if process.rank is not None})
 
 
+def _text(found: str | bytes) -> str:
+    """What protobuf has for a string in an image: bytes where it is not UTF-8."""
+    return encodable(os.fsdecode(found))
+
+
 def _file(entry: Any, pids: tuple[int, ...]) -> File:
     access = ("read", "write", "read, write", "path")[entry.flags & os.O_ACCMODE]
     if entry.flags & os.O_APPEND:
         access += ", append"
-    return File(path=entry.name, access=access, position=entry.pos, pids=pids)
+    return File(path=_text(entry.name), access=access, position=entry.pos, pids=pids)
 
 
 def _inet(entry: Any, pids: tuple[int, ...]) -> Socket:

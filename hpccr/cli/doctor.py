@@ -97,8 +97,8 @@ class Call:
 
 def _cluster(args: argparse.Namespace, store: Path) -> list[NodeReport]:
     with _token(store) as token:
-        # -P: what lies in the working directory is nobody's module.
-        argv = [sys.executable, "-P", "-m", "hpccr", "doctor", "--local", "--json"]
+        # -I: what lies in the working directory or on the user's PYTHONPATH is no module of ours.
+        argv = [sys.executable, "-I", "-m", "hpccr", "doctor", "--local", "--json"]
         argv += [f"--dir={store}", f"--token={token}"]
         if args.config:
             argv.append(f"--config={os.path.abspath(args.config)}")
@@ -218,7 +218,7 @@ async def _ask(call: Call, timeout: float) -> NodeReport:
             call.node,
             last or f"exit code {process.returncode} and no report",
             f"hpccr must be installed there too, and {sys.executable} run it; try: "
-            f"srun -w {call.node} {sys.executable} -m hpccr doctor --local",
+            f"srun -w {call.node} {sys.executable} -I -m hpccr doctor --local",
         )
 
 

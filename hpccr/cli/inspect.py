@@ -11,7 +11,7 @@ from hpccr.cli.contents import Contents
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_checkpoint, find_step, summarise
 from hpccr.cli.output import duration, print_json, print_table, size
 from hpccr.config import Config
-from hpccr.errors import CorruptError, HpccrError
+from hpccr.errors import CorruptError, HpccrError, encodable
 from hpccr.model import Fragment, SavedFiles
 from hpccr.store.index import Usage, read_index
 from hpccr.store.layout import Checkpoint
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
                 "contents": inside,
                 "problem": problem,
                 "files": None if unread else saved.listed(files),
-                "trees": saved.trees(files),
+                "trees": [encodable(tree) for tree in saved.trees(files)],
             }
         )
         return 0

@@ -17,7 +17,7 @@ import hpccr
 from hpccr.agent.lease import Lease
 from hpccr.cli.embedded import node_service
 from hpccr.config import Config
-from hpccr.errors import HpccrError
+from hpccr.errors import HpccrError, encodable
 from hpccr.slurm.commands import has_plugin
 from hpccr.slurm.query import SlurmError
 from hpccr.store import publish
@@ -113,19 +113,19 @@ def check_passing(path: str) -> Check:
                 levels = [here, *here.parents][:MAX_LEVELS]
                 kept_out = asyncio.run(_ask(path, len(levels))).kept_out
         except HpccrError as error:
-            return Check(name, False, f"{place}: {error.message}", error.hint)
+            return Check(name, False, f"{encodable(place)}: {error.message}", error.hint)
         except OSError:
             continue  # not there: no job is either
         if kept_out >= 0:
             return Check(
                 name,
                 False,
-                f"root on this node cannot pass {levels[kept_out]}",
+                f"root on this node cannot pass {encodable(str(levels[kept_out]))}",
                 "what jobs have open below it cannot be checkpointed; its file system keeps root out (NFS: "
                 "root_squash; FUSE: no allow_root): let others pass it (chmod o+x), or have it exported with "
                 "no_root_squash",
             )
-        places.append(str(here))
+        places.append(encodable(str(here)))
     return Check(name, True, f"root gets to {', '.join(dict.fromkeys(places)) or 'what there is'}")
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from msgspec import structs
 
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
         )
     if record.trees:
         # Not config's: what belongs to the job's state was said when it was started.
-        config = structs.replace(config, files=structs.replace(config.files, trees=record.trees))
+        trees = tuple(os.fsdecode(unquote_to_bytes(tree)) for tree in record.trees)
+        config = structs.replace(config, files=structs.replace(config.files, trees=trees))
     return start(
         config,
         step,

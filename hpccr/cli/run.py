@@ -157,13 +157,12 @@ def own_allocation() -> Allocation | None:
 
 def _tell_usual_store(args: argparse.Namespace, store: Store, step: Step) -> None:
     """Let `hpccr list` and the other commands find the job without being told of its store."""
-    usual = Store.at(load(args.config).store.dir)
-    if usual == store:
-        return
+    directory = load(args.config).store.dir
     try:
-        elsewhere.remember(usual, store.job(step.key.cluster, step.key.job))
+        if (usual := Store.at(directory)) != store:
+            elsewhere.remember(usual, store.job(step.key.cluster, step.key.job))
     except (OSError, HpccrError) as error:
-        log.warning("%s cannot say where the job's checkpoints are: %s", usual.root, error)
+        log.warning("%s cannot say where the job's checkpoints are: %s", directory, error)
 
 
 def _check_trees(config: Config) -> None:
@@ -271,8 +270,8 @@ def _node_socket(config: Config, stack: ExitStack) -> str:
 def _agent_command(step: Step) -> Callable[[dict[str, int]], list[str]]:
     def command(counts: dict[str, int]) -> list[str]:
         several = [f"--count={node}={count}" for node, count in counts.items() if count > 1]
-        # -P: a queue.py beside the batch script is not the library's.
-        return [sys.executable, "-P", "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
+        # -I: neither a queue.py beside the batch script is the library's, nor one on the user's PYTHONPATH.
+        return [sys.executable, "-I", "-m", "hpccr", "agent", f"--endpoint={step.endpoint_path}", *several]
 
     return command
 

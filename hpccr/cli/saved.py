@@ -7,7 +7,7 @@ import os
 import msgspec
 
 from hpccr.cli.output import print_table, size
-from hpccr.errors import CorruptError
+from hpccr.errors import CorruptError, encodable
 from hpccr.model import FILES_LIST, Fragment, SavedFiles
 from hpccr.store.blocks import Reader
 from hpccr.store.index import read_index
@@ -24,11 +24,11 @@ def show(saved: dict[int, SavedFiles], *, everything: bool) -> None:
             path = os.fsdecode(file.path)
             if file.mode and (everything or not (path in whole or path.startswith(inside))):
                 what = "cut back to its size" if file.extents is None else "put back"
-                rows.append((str(capsule), what, size(file.size), path.encode(errors="replace").decode()))
+                rows.append((str(capsule), what, size(file.size), encodable(path)))
     print()
     print("A restart puts back, besides what lies in private directories:")
     for tree in whole:
-        print(f"  everything in {tree}")
+        print(f"  everything in {encodable(tree)}")
     if rows:
         print_table(("CAPSULE", "FILE", "SIZE", "PATH"), rows, right=frozenset({"CAPSULE", "SIZE"}))
     if not rows and not whole:
@@ -53,7 +53,7 @@ def listed(saved: dict[int, SavedFiles]) -> list[dict[str, object]]:
     return [
         {
             "capsule": capsule,
-            "path": os.fsdecode(file.path).encode(errors="replace").decode(),
+            "path": encodable(os.fsdecode(file.path)),
             "mode": file.mode,
             "size": file.size,
             "content": file.extents is not None,

@@ -49,9 +49,9 @@ class Requests:
             case Phase.STARTING:
                 own = capsule == 0
                 return m.Start(
-                    argv=self.command.argv if own else (),
-                    env=self.command.env,
-                    cwd=self.command.cwd,
+                    argv=tuple(map(os.fsencode, self.command.argv)) if own else (),
+                    env={os.fsencode(name): os.fsencode(value) for name, value in self.command.env.items()},
+                    cwd=os.fsencode(self.command.cwd),
                     stdin=self.stdin if own else "null",
                     merged=self.merged if own else True,
                 )
@@ -104,8 +104,10 @@ def file_rules(config: Config, step: Step, outputs: Sequence[str]) -> FileRules:
     """What a checkpoint saves of the job's files; neither its checkpoints nor its output (`outputs`), which hpccr
     itself cuts."""
     return FileRules(
-        trees=config.files.trees,
-        excluded=(os.path.realpath(step.path.parent.parent), *outputs) if config.files.trees else (),
+        trees=tuple(map(os.fsencode, config.files.trees)),
+        excluded=tuple(map(os.fsencode, (os.path.realpath(step.path.parent.parent), *outputs)))
+        if config.files.trees
+        else (),
         snapshot_limit=config.files.snapshot_limit,
     )
 

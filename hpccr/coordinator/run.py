@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from hpccr.capsule.root import NOT_PASSED
 from hpccr.capsule.spawn import shell_code
@@ -37,7 +38,7 @@ from hpccr.coordinator.status import StepStatus, encode_status
 from hpccr.coordinator.streams import Streams
 from hpccr.coordinator.succession import Succession
 from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
-from hpccr.errors import CorruptError, ExitCode, HpccrError, SupersededError, UnsupportedError, error_for
+from hpccr.errors import CorruptError, ExitCode, HpccrError, SupersededError, UnsupportedError, encodable, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
 from hpccr.store import events
 from hpccr.store.layout import FINISHED, Step
@@ -225,7 +226,7 @@ class Coordinator:
             record = StepRecord(
                 format=FORMAT,
                 key=self._step.key,
-                argv=argv if argv is not None else old.argv if old else (),
+                argv=tuple(map(encodable, argv)) if argv is not None else old.argv if old else (),
                 state=state,
                 started=old.started if old else now,
                 capsules=len(placement) or (old.capsules if old else 1),
@@ -234,7 +235,7 @@ class Coordinator:
                 exit_code=exit_code,
                 updated=now,
                 due=due,
-                trees=self._config.files.trees,
+                trees=tuple(quote(os.fsencode(tree)) for tree in self._config.files.trees),
                 batch=self._batch,
                 stdout_base=began[0],
                 stderr_base=began[1],

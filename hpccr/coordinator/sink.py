@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpccr.errors import encodable
 from hpccr.model import Stream
 
 CHUNK = 64 << 10
@@ -182,7 +183,7 @@ class Sink:
         """How far the stream has got; for others than its thread only before anything is put."""
         if not self._regular or self.error is not None:
             return Stream(None)
-        return Stream(self._end, tuple(self._foreign), self._inode, self._path)
+        return Stream(self._end, tuple(self._foreign), self._inode, encodable(self._path))
 
     def put(self, data: bytes) -> None:
         self._queue.put(data)
@@ -326,7 +327,7 @@ class Sink:
         if target is None:
             self._go_on_here()
             return
-        same = position.inode == self._inode or position.path == self._path
+        same = position.inode == self._inode or position.path == encodable(self._path)
         size = os.fstat(self._fd).st_size
         if start:
             # A file that the script opens anew (`> file`) is as it wants it.

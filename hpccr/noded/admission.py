@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 
@@ -34,15 +35,15 @@ def check_create(request: m.Create, node: str) -> None:
 
 def check_command(request: m.Start) -> None:
     """Raises UsageError for what execve(2) could not take, or a relative working directory."""
-    if not request.cwd.startswith("/") or "\0" in request.cwd or len(request.cwd) > MAX_PATH:
-        raise UsageError(f"the working directory {request.cwd[:100]!r} is not an absolute path")
+    if not request.cwd.startswith(b"/") or b"\0" in request.cwd or len(request.cwd) > MAX_PATH:
+        raise UsageError(f"the working directory {os.fsdecode(request.cwd[:100])!r} is not an absolute path")
     if len(request.env) > MAX_VARIABLES:
         raise UsageError(f"the environment has {len(request.env)} variables, more than {MAX_VARIABLES}")
-    if any("\0" in argument for argument in request.argv):
+    if any(b"\0" in argument for argument in request.argv):
         raise UsageError("the command has an argument with a zero byte")
     for name, value in request.env.items():
-        if not name or "=" in name or "\0" in name or "\0" in value:
-            raise UsageError(f"the environment has an impossible variable {name[:100]!r}")
+        if not name or b"=" in name or b"\0" in name or b"\0" in value:
+            raise UsageError(f"the environment has an impossible variable {os.fsdecode(name[:100])!r}")
 
 
 def check_stdio(stdin: str, merged: bool, descriptors: Descriptors) -> None:

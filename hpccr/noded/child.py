@@ -19,11 +19,10 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from hpccr.errors import ExitCode, HpccrError, error_for
+from hpccr.errors import ExitCode, HpccrError, encodable, error_for
 from hpccr.noded import syscalls
 from hpccr.noded.control import Identity
 from hpccr.noded.reaper import Reaper
-from hpccr.noded.said import encodable
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where root's tools are looked for inside a capsule."""
@@ -151,7 +150,7 @@ def _child(function: Callable[[], Any], identity: Identity | None, writing: int,
             become(identity)
         answer: tuple[str, Any] = ("done", function())
     except HpccrError as error:
-        answer = ("failed", Failure(int(error.code), encodable(error.message), encodable(error.hint)))
+        answer = ("failed", Failure(int(error.code), error.message, error.hint))
     except OSError as error:
         answer = ("failed", Failure(int(ExitCode.FAILED), encodable(str(error)), ""))
     except MemoryError:

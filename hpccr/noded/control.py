@@ -126,7 +126,7 @@ class NetworkReady(Message, frozen=True):
 
 
 class Launch(Message, frozen=True):
-    """Start the launch root. Descriptors: memfd with msgpack dict[str, str] of the environment, then stdin (if
+    """Start the launch root. Descriptors: memfd with msgpack dict[bytes, bytes] of the environment, then stdin (if
     stdin == "pipe"; else init opens /dev/null inside), stdout, stderr (not if merged).
 
     argv: the launch root's whole command line, argv[0] an absolute path in the capsule. It starts in the cgroups of
@@ -134,8 +134,8 @@ class Launch(Message, frozen=True):
     one, nothing but 0-2 open. Reply: Started; or Failed when any step up to execve does (cwd, program, limits).
     """
 
-    argv: tuple[str, ...]
-    cwd: str
+    argv: tuple[bytes, ...]
+    cwd: bytes
     stdin: str
     merged: bool
 

@@ -40,7 +40,6 @@ from hpccr.noded.hold import Hold, Nft, library
 from hpccr.noded.quiesce import Outcome, Ranks, Wishes
 from hpccr.noded.reaper import Reaper
 from hpccr.noded.restoration import Restoration
-from hpccr.noded.said import encodable
 from hpccr.wire.messages import (
     Abort,
     Aborted,
@@ -103,7 +102,7 @@ class Control:
 
 
 def failed(error: HpccrError) -> Failed:
-    return Failed(code=int(error.code), message=encodable(error.message), hint=encodable(error.hint))
+    return Failed(code=int(error.code), message=error.message, hint=error.hint)
 
 
 class Init:
@@ -205,7 +204,7 @@ class Init:
         if self._capsule.root:
             raise HpccrError("the capsule has its job already")
         memfd, rest = fds[0], fds[1:]
-        environment = msgspec.msgpack.decode(os.pread(memfd, os.fstat(memfd).st_size, 0), type=dict[str, str])
+        environment = msgspec.msgpack.decode(os.pread(memfd, os.fstat(memfd).st_size, 0), type=dict[bytes, bytes])
         streams = Streams.take(rest, stdin=request.stdin, merged=request.merged)
         self._capsule.stdio = streams.inodes()
         self._capsule.root = launch.start(

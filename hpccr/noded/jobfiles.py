@@ -35,8 +35,8 @@ class Saving:
         self._capsule = home
         self._directory = directory
         self._limit = rules.snapshot_limit
-        self._trees = tuple(tree for tree in rules.trees if not scan.below(tree, home.places))
-        self._excluded = rules.excluded
+        self._trees = tuple(tree for tree in map(os.fsdecode, rules.trees) if not scan.below(tree, home.places))
+        self._excluded = tuple(map(os.fsdecode, rules.excluded))
         self._files: tuple[scan.OpenFile, ...] = ()
         self._nameless: tuple[scan.NamelessFile, ...] = ()
         self._read: dict[str, os.stat_result] = {}

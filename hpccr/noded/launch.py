@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
-from hpccr.errors import ExitCode, HpccrError
+from hpccr.errors import ExitCode, HpccrError, encodable
 from hpccr.noded import child, syscalls
 from hpccr.noded.control import Identity
 
@@ -63,9 +63,9 @@ def enter_cgroups(procs: Sequence[int]) -> None:
 
 
 def start(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    cwd: str,
+    argv: Sequence[bytes],
+    environment: Mapping[bytes, bytes],
+    cwd: bytes,
     identity: Identity,
     *,
     cgroups: Sequence[int],
@@ -92,9 +92,9 @@ def start(
 
 
 def _become_root_of_job(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    cwd: str,
+    argv: Sequence[bytes],
+    environment: Mapping[bytes, bytes],
+    cwd: bytes,
     identity: Identity,
     cgroups: Sequence[int],
     stdio: tuple[int | None, int, int],
@@ -113,11 +113,11 @@ def _become_root_of_job(
         child.become(identity)
         doing = "leaving root's session keyring"
         syscalls.join_new_session_keyring()
-        doing = f"changing to the working directory {cwd}"
+        doing = f"changing to the working directory {encodable(os.fsdecode(cwd))}"
         os.chdir(cwd)
         doing = "setting up stdio"
         child.redirect(*stdio)
-        doing = f"executing {argv[0]}"
+        doing = f"executing {os.fsdecode(argv[0])}"
         child.reset_signals()
         syscalls.close_range(3, flags=syscalls.CLOSE_RANGE_CLOEXEC)
         os.execve(argv[0], list(argv), dict(environment))  # noqa: S606 - there is no shell to want
@@ -128,10 +128,11 @@ def _become_root_of_job(
         os._exit(127)
 
 
-def _hint(doing: str, cwd: str, private: Sequence[str]) -> str:
+def _hint(doing: str, cwd: bytes, private: Sequence[str]) -> str:
     if "working directory" in doing:
+        path = os.fsdecode(cwd)
         for place in private:
-            if cwd == place or cwd.startswith(place.rstrip("/") + "/"):
+            if path == place or path.startswith(place.rstrip("/") + "/"):
                 return (
                     f"{place} is private to each capsule and starts empty: submit from another directory, "
                     "or take it out of capsule.private"

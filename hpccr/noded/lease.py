@@ -249,11 +249,13 @@ class Lease:
         address = addresses.address(addresses.subnet(config.network.subnet), create.capsule)
         launch = Path(hpccr.__file__).parent / "capsule" / "launch.py"
         argv = [sys.executable, "-I", "-S", str(launch), "--index", str(create.capsule)]
-        argv += ["--address", address, "--port", str(LAUNCH_PORT), "--", *request.argv]
-        environment = memory_file(msgspec.msgpack.encode(request.env | {"HPCCR_STEP_SECRET": create.secret}))
+        argv += ["--address", address, "--port", str(LAUNCH_PORT), "--"]
+        command = (*map(os.fsencode, argv), *request.argv)
+        secret = {b"HPCCR_STEP_SECRET": create.secret.encode()}
+        environment = memory_file(msgspec.msgpack.encode(request.env | secret))
         try:
             return await self._the_init.request(
-                control.Launch(argv=tuple(argv), cwd=request.cwd, stdin=request.stdin, merged=request.merged),
+                control.Launch(argv=command, cwd=request.cwd, stdin=request.stdin, merged=request.merged),
                 m.Started,
                 timeout=config.checkpoint.create_timeout,
                 descriptors=[environment, *descriptors.numbers],

@@ -1,4 +1,4 @@
-"""What users and their processes say, made fit for a log and for a message."""
+"""What users and their processes say, made fit for a log."""
 
 from __future__ import annotations
 
@@ -9,8 +9,3 @@ def printable(text: str, most: int = MAX_LOGGED) -> str:
     """The first `most` characters, without any that could start another line or steer a terminal."""
     short = text if len(text) <= most else text[:most] + "..."
     return "".join(c if c.isprintable() else "?" for c in short)
-
-
-def encodable(text: str) -> str:
-    """The text without what UTF-8 does not have, as names of files may bring it."""
-    return text.encode(errors="replace").decode()

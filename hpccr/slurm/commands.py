@@ -157,7 +157,8 @@ def _clean(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _decoded(output: bytes, what: str) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(output, type=dict[str, Any])
+        # Slurm passes on what is not UTF-8 in the names of a job's script, directory and files.
+        return msgspec.json.decode(output.decode(errors="replace"), type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise _not_understood(what, error) from None
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 
-from hpccr.errors import CorruptError
+from hpccr.errors import CorruptError, encodable
 from hpccr.store.publish import append_line
 
 
 def append(path: Path, event: str, **details: Any) -> None:
     """Add one event, by one write, so that lines of several writers on one host do not mix. Raises OSError."""
-    append_line(path, msgspec.json.encode({"time": time.time(), "event": event, **details}))
+    texts = {name: encodable(value) if isinstance(value, str) else value for name, value in details.items()}
+    append_line(path, msgspec.json.encode({"time": time.time(), "event": event, **texts}))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

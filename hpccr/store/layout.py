@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from hpccr.errors import CorruptError, HpccrError, NoCheckpointError, UsageError
+from hpccr.errors import CorruptError, HpccrError, NoCheckpointError, UsageError, encodable
 from hpccr.model import (
     FRAGMENT_NAME,
     MANIFEST_NAME,
@@ -299,13 +299,20 @@ class Store:
     def at(cls, directory: str | os.PathLike[str]) -> Store:
         """The store in a directory as configured: ~ is the user's home, a relative path starts here.
 
-        Raises UsageError if there is no home to start from.
+        Raises UsageError if there is no home to start from, or if the path is not UTF-8: it is part of messages and
+        records.
         """
         try:
             path = Path(directory).expanduser()
         except RuntimeError:
             raise UsageError(f"{directory}: this user has no home directory", hint="set store.dir or --dir") from None
-        return cls(path.absolute())
+        path = path.absolute()
+        if encodable(str(path)) != str(path):
+            raise UsageError(
+                f"the path of the store {path} has bytes that are not UTF-8",
+                hint="name another directory with --dir, --checkpoint-dir or HPCCR_STORE_DIR",
+            )
+        return cls(path)
 
     def jobs(self) -> list[Job]:
         """All jobs that have a directory, by cluster and job (numbers by value). Raises OSError."""

@@ -24,8 +24,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct, *, limit: int = MAX_FRAME) -> bytes:
-    """One frame. Raises FrameError if it were longer than `limit` bytes."""
-    body = _encoder.encode(message)
+    """One frame. Raises FrameError if it were longer than `limit` bytes or has a str that is no text."""
+    try:
+        body = _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise FrameError(f"{type(message).__name__} cannot be encoded: {error}") from None
     if len(body) > limit:
         raise FrameError(f"a {type(message).__name__} message of {len(body)} bytes exceeds the limit of {limit}")
     return HEADER.pack(len(body)) + body

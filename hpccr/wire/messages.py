@@ -67,14 +67,15 @@ class Connect(Message, frozen=True):
 class Start(Message, frozen=True):
     """Start the launch root. Descriptors to hpccrd: stdin (only if stdin == "pipe"), stdout, stderr (not if merged).
 
-    argv: the user's command, empty in capsules other than 0. env: whole environment. cwd: absolute.
+    argv: the user's command, empty in capsules other than 0. env: whole environment. cwd: absolute. All
+    three in the bytes that the system has, which need not be text.
     merged: stdout and stderr are one pipe. Limits, umask, CPU affinity and ids come from the requesting process.
     Reply: Started.
     """
 
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    cwd: str
+    argv: tuple[bytes, ...]
+    env: dict[bytes, bytes]
+    cwd: bytes
     stdin: str
     merged: bool
 

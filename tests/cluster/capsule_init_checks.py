@@ -162,9 +162,11 @@ class Capsule:
 
     def launch(self, argv: list[str], *, cwd: str = "/", env: dict[str, str] | None = None) -> InitReply | None:
         memfd = os.memfd_create("environment")
-        os.write(memfd, msgspec.msgpack.encode({"PATH": "/usr/bin:/bin", **(env or {})}))
+        whole = {"PATH": "/usr/bin:/bin", **(env or {})}
+        os.write(memfd, msgspec.msgpack.encode({os.fsencode(k): os.fsencode(v) for k, v in whole.items()}))
         ends = self.pipes()
-        reply = self.ask(Launch(argv=tuple(argv), cwd=cwd, stdin="pipe", merged=True), [memfd, *ends])
+        request = Launch(argv=tuple(map(os.fsencode, argv)), cwd=os.fsencode(cwd), stdin="pipe", merged=True)
+        reply = self.ask(request, [memfd, *ends])
         for fd in (memfd, *ends):
             os.close(fd)
         return reply

@@ -268,7 +268,7 @@ def trees_are_copied_while_the_job_runs(home: Path) -> None:
             with capsule() as one:
                 one.script(capsule_init_checks.COUNTER)
                 one.read_until(b"ready\n")
-                prepared = one.prepare(directory, files=FileRules(trees=(str(tree),)))
+                prepared = one.prepare(directory, files=FileRules(trees=(bytes(tree),)))
                 assert isinstance(prepared, Prepared), prepared
                 copied = used(directory)
                 assert 4 * LARGE <= copied < 5 * LARGE, copied
@@ -424,7 +424,7 @@ def a_restore_that_fails_late_leaves_the_older_checkpoint_good(home: Path) -> No
             open(f"{tree}/{{number}}", "w").write(line)
             print("did", line, end="", flush=True)
         """
-    rules = FileRules(trees=(str(tree),))
+    rules = FileRules(trees=(bytes(tree),))
     with spool() as older, spool() as newer:
         with capsule() as one:
             one.script(script)

@@ -190,7 +190,9 @@ def create(key: StepKey, index: int = 0, count: int = 1) -> m.Create:
 
 
 def start(*argv: str, stdin: str = "null", merged: bool = True, cwd: str = "/", **env: str) -> m.Start:
-    return m.Start(argv=argv, env={"PATH": os.environ["PATH"], **env}, cwd=cwd, stdin=stdin, merged=merged)
+    whole = {os.fsencode(k): os.fsencode(v) for k, v in {"PATH": os.environ["PATH"], **env}.items()}
+    command = tuple(map(os.fsencode, argv))
+    return m.Start(argv=command, env=whole, cwd=os.fsencode(cwd), stdin=stdin, merged=merged)
 
 
 async def join(*capsules: Capsule) -> None:

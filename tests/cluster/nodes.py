@@ -258,7 +258,7 @@ class Cluster:
     def hpccrd(self, node: str) -> int:
         """The node's daemon, as this machine numbers it."""
         return wait_for(
-            f"hpccrd on {node}", lambda: min(self.pids(node, r"python\S* /usr/local/bin/hpccrd"), default=None)
+            f"hpccrd on {node}", lambda: min(self.pids(node, r"python\S* -I /usr/local/bin/hpccrd"), default=None)
         )
 
     @contextmanager

@@ -127,7 +127,7 @@ def test_killed_in_the_middle_of_a_rollback(jobs: Jobs, cluster: Cluster) -> Non
         runs_on(job, 20, 400)
         node, other = job.slurm().nodes
         cluster.check(other, "pkill", "-KILL", "-u", job.user, "-f", "hpccr agent --endpoint")
-        for number, pattern in enumerate((r"-m hpccr agent|/hpccr agent", r"python\S* /usr/local/bin/hpccrd")):
+        for number, pattern in enumerate((r"-m hpccr agent|/hpccr agent", r"python\S* -I /usr/local/bin/hpccrd")):
             # What was there before has been taken down by now.
             job.wait_event("boot", 2 + number)
             half = place / ".big.0.hpccr-rollback"

@@ -184,7 +184,7 @@ def test_fragments_are_one_users(cluster: Cluster, node: str, store: str) -> Non
 
 def restarted(cluster: Cluster, node: str, old: int) -> int:
     def new() -> int | None:
-        found = cluster.pids(node, r"python\S* /usr/local/bin/hpccrd")
+        found = cluster.pids(node, r"python\S* -I /usr/local/bin/hpccrd")
         return found[0] if found and found != [old] else None
 
     return wait_for("a new hpccrd", new, within=30)

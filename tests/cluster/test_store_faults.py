@@ -153,7 +153,7 @@ def test_killed_at_random_moments(jobs: Jobs, cluster: Cluster, workloads: Workl
     patterns = {
         "flush": FLUSH,
         "agent": r"-m hpccr agent|/hpccr agent",
-        "hpccrd": r"python\S* /usr/local/bin/hpccrd",
+        "hpccrd": r"python\S* -I /usr/local/bin/hpccrd",
     }
     victims = [*patterns] * rounds(1, 17)
     chance.shuffle(victims)

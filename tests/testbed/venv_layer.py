@@ -1,8 +1,12 @@
-"""The layer with /opt/hpccr: a virtual environment that has the project's dependencies and runs the code at /src."""
+"""The layer with /opt/hpccr: a virtual environment that has the project's dependencies and runs the code at /src.
+
+The commands in /usr/local/bin are as an administrator installs them.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -13,13 +17,15 @@ from paths import CHECKOUT
 from syscalls import bind, mount
 
 HOME = "/opt/hpccr"
+COMMANDS = [CHECKOUT / "hpccr/noded/dist" / name for name in ("hpccr", "hpccrd")]
 
 
 def recipe() -> bytes:
-    """All that the layer's content depends on: this file and what pyproject.toml says of the package."""
+    """All that the layer's content depends on: this file, the commands and what pyproject.toml says of the package."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     wanted = {key: project.get(key) for key in ("build-system", "project")}
-    return Path(__file__).read_bytes() + json.dumps(wanted, sort_keys=True).encode()
+    commands = b"".join(path.read_bytes() for path in COMMANDS)
+    return Path(__file__).read_bytes() + commands + json.dumps(wanted, sort_keys=True).encode()
 
 
 def build(work: Path, base: Path) -> None:
@@ -37,12 +43,13 @@ def build(work: Path, base: Path) -> None:
     ):
         subprocess.run(["chroot", root, *command], check=True, stdin=subprocess.DEVNULL, env=index.environment())
     layer = work / "layer"
-    links = layer / "usr/local/bin"
-    links.mkdir(parents=True)
+    commands = layer / "usr/local/bin"
+    commands.mkdir(parents=True)
     (layer / "opt").mkdir()
     (work / "upper" / HOME[1:]).rename(layer / HOME[1:])
-    for name in ("hpccr", "hpccrd"):
-        (links / name).symlink_to(f"{HOME}/bin/{name}")
+    for path in COMMANDS:
+        shutil.copy(path, commands)
+        (commands / path.name).chmod(0o755)
 
 
 def _requirements() -> list[str]:

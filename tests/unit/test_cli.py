@@ -282,6 +282,15 @@ def test_a_job_of_another_cluster_is_not_taken_for_the_one_of_its_number(
     assert "its job is" not in hpccr("checkpoint", "17").err
 
 
+def test_restore_knows_the_directories_of_files(hpccr: Call, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose names are no text, which step.json has as in a URL."""
+    found: list[tuple[str, ...]] = []
+    monkeypatch.setattr("hpccr.cli.restore.start", lambda config, *_, **__: found.append(config.files.trees) or 0)
+    publish.publish(step.record_path, msgspec.structs.replace(record(), trees=("/proj/caf%E9", "/proj/b")))
+    assert hpccr("restore", "17").code == 0
+    assert found == [(os.fsdecode(b"/proj/caf\xe9"), "/proj/b")]
+
+
 def test_a_job_with_a_store_of_its_own(
     hpccr: Call, step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,11 +652,12 @@ def test_standard_streams_that_are_closed(step: Step, closed: str) -> None:
     assert ("tb-17" in done.stdout) == (" >" not in f" {closed}")
 
 
-def test_an_agent_takes_no_module_from_the_working_directory(tmp_path: Path) -> None:
+def test_an_agent_takes_no_module_from_its_user(tmp_path: Path) -> None:
+    """Neither from the working directory nor from PYTHONPATH; and PYTHONHOME is another Python's."""
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
     (tmp_path / "hpccr.py").write_text("raise SystemExit('the wrong hpccr')\n")
     step = Step(tmp_path, KEY)
-    done = subprocess.run(
-        [*_agent_command(step)({}), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [*_agent_command(step)({}), "--help"]
+    environment = os.environ | {"PYTHONHOME": "/nonexistent", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--endpoint" in done.stdout, done

@@ -27,7 +27,8 @@ def test_a_step_of_very_many_capsules_is_refused_at_once() -> None:
 
 def test_an_environment_of_very_many_variables_is_refused() -> None:
     def start(count: int) -> m.Start:
-        return m.Start(argv=("true",), cwd="/", env={f"V{k}": "" for k in range(count)}, stdin="null", merged=True)
+        env = {b"V%d" % k: b"" for k in range(count)}
+        return m.Start(argv=(b"true",), cwd=b"/", env=env, stdin="null", merged=True)
 
     admission.check_command(start(admission.MAX_VARIABLES))
     with pytest.raises(UsageError, match="variables"):

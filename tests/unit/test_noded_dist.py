@@ -1,9 +1,14 @@
 """The files an administrator installs say what the code does."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from importlib import resources
+from pathlib import Path
 
 import msgspec
+import pytest
 
 from hpccr import config
 from hpccr.noded import daemon
@@ -38,3 +43,16 @@ def test_unit_has_what_the_daemon_relies_on() -> None:
     unit = (DIST / "hpccrd.service").read_text().splitlines()
     for line in ("Type=notify", "Delegate=yes", "KillMode=process", f"LimitNOFILE={daemon.DESCRIPTORS}"):
         assert line in unit
+
+
+@pytest.mark.parametrize("name", ["hpccr", "hpccrd"])
+def test_the_commands_see_nothing_of_the_users_python(tmp_path: Path, name: str) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('the wrong msgspec')\n")
+    interpreter, *lines = (DIST / name).read_text().splitlines(keepends=True)
+    assert interpreter == "#!/opt/hpccr/bin/python3 -I\n"
+    command = tmp_path / name
+    command.write_text("".join([interpreter.replace("/opt/hpccr/bin/python3", sys.executable), *lines]))
+    command.chmod(0o755)
+    environment = os.environ | {"PYTHONHOME": "/nonexistent", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([command, "--help"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: {name} "), done

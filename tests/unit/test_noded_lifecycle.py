@@ -11,7 +11,7 @@ from hpccr.wire import messages as m
 KEY = StepKey(cluster="c", job="1", step="0")
 CREATE = m.Create(protocol=1, key=KEY, capsule=0, capsules=1, incarnation=0, secret="")
 CONNECT = m.Connect(peers=())
-START = m.Start(argv=(), env={}, cwd="/", stdin="null", merged=True)
+START = m.Start(argv=(), env={}, cwd=b"/", stdin="null", merged=True)
 PREPARE = m.Prepare(sequence=1, checkpoint="0" * 32)
 FETCH = m.Fetch(directory="/", sequence=1, checkpoint="0" * 32)
 RESTORE = m.Restore(stdin="null", merged=True)

@@ -213,7 +213,8 @@ class Fake:
         self.query = CommandQuery(timeout=20, environ={"PATH": f"{directory}:/usr/bin:/bin", "SQUEUE_STATES": "failed"})
 
     def answers(self, output: Any, *, code: int = 0, complaint: str = "") -> CommandQuery:
-        (self.directory / "out").write_text(output if isinstance(output, str) else json.dumps(output))
+        text = output if isinstance(output, str) else json.dumps(output)
+        (self.directory / "out").write_text(text, errors="surrogateescape")
         (self.directory / "err").write_text(complaint)
         for name in ("scontrol", "squeue"):
             path = self.directory / name
@@ -245,6 +246,14 @@ def test_a_job_as_slurm_24_11_shows_it(slurm: Fake) -> None:
         end_time=1795425050.0,
     )
     assert slurm.called() == ["scontrol show job 17 --json"]
+
+
+def test_a_job_whose_names_are_not_text(slurm: Fake) -> None:
+    """Slurm puts a directory's Latin-1 name into its JSON as it is."""
+    job = JOB | {"name": "NAME", "current_working_directory": "NAME"}
+    answer = json.dumps({"jobs": [job]}).replace("NAME", "caf\udce9")
+    assert slurm.answers(answer).job("17").name == "caf\ufffd"
+    assert [found.job for found in slurm.query.jobs("user1")] == ["17"]
 
 
 def test_shapes_of_older_versions(slurm: Fake) -> None:

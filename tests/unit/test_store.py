@@ -283,6 +283,16 @@ def test_an_empty_store(tmp_path: Path, step: Step) -> None:
         store.find("17")
 
 
+def test_a_store_whose_path_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"caf\\udce9 has bytes"):
+        Store.at(tmp_path / os.fsdecode(b"caf\xe9"))
+
+
+def test_an_event_tells_of_files_whose_names_are_no_text(tmp_path: Path) -> None:
+    events.append(tmp_path / "events", "warning", text=os.fsdecode(b"caf\xe9"))
+    assert events.read(tmp_path / "events")[0]["text"] == r"caf\udce9"
+
+
 def test_finding_jobs_and_steps(tmp_path: Path) -> None:
     store = Store.at(tmp_path)
     for cluster, job, steps in (("a", "9", 2), ("a", "10", 11), ("b-c", "10", 1), ("local", "20260101_ab", 1)):

@@ -150,3 +150,9 @@ def test_values_out_of_range_are_refused() -> None:
     for bad in (m.Prepare(0, "0" * 32), m.Prepare(1, "../../etc"), m.Flush(1)):  # type: ignore[arg-type]
         with pytest.raises(FrameError):
             receive_bytes(encode(bad))
+
+
+def test_text_that_is_none_makes_no_frame() -> None:
+    """What bypasses errors.encodable() is an error that names the message, and no end of the connection unsaid."""
+    with pytest.raises(FrameError, match="Abort cannot be encoded"):
+        encode(m.Abort("caf\udce9"))
