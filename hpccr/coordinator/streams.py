@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import select
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,17 @@ def stdin_kind(fd: int = 0) -> str:
     except OSError:
         return "null"
     return "null" if is_null(fd) else "pipe"
+
+
+def outputs(process: int | str) -> tuple[str, ...]:
+    """Paths of the regular files that are a process's stdout and stderr, as far as it lets us see."""
+    found = []
+    for fd in (1, 2):
+        link = f"/proc/{process}/fd/{fd}"
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.stat(link).st_mode):
+                found.append(os.readlink(link))
+    return tuple(path for path in found if path.startswith("/"))
 
 
 class Source:
@@ -183,6 +195,7 @@ class Streams:
         self._source: Source | None = None
         self._skipped = 0
         self._start = os.lseek(0, 0, os.SEEK_CUR) if is_regular(0) else 0
+        self._parents = outputs(os.getppid())
 
     def begin(self, positions: Positions | None) -> None:
         """Before a start (None) or a restore: put the files back to where they were then.
@@ -241,9 +254,9 @@ class Streams:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Where the regular files behind stdout and stderr are, as far as they have a name."""
-        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2) if is_regular(fd)]
-        return tuple(dict.fromkeys(link for link in links if link.startswith("/")))
+        """Where the regular files behind stdout and stderr are, as far as they have a name; and those of the batch
+        script, which may have given the job others (`hpccr run ... > file`) and goes on writing to its own."""
+        return tuple(dict.fromkeys((*outputs("self"), *self._parents)))
 
     @property
     def trouble(self) -> str:

@@ -21,16 +21,18 @@ import msgspec
 from hpccr.errors import CorruptError, HpccrError
 from hpccr.model import ReadFile, SavedFile, SavedFiles
 from hpccr.noded.contents import CHUNK, data_ranges
+from hpccr.noded.scan import below
 from hpccr.noded.snapshot import TEMPORARY, attributes, walk
 
 _MAX_NAME = 255
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def roll_back(list_fd: int, data_fd: int, capsule: int) -> int:
+def roll_back(list_fd: int, data_fd: int, capsule: int, excluded: Iterable[str] = ()) -> int:
     """Put everything back; how many names were not as they were. Two capsules may put the same file back at the same
-    time. Raises HpccrError naming the file."""
-    return _Rollback(_read(list_fd), data_fd, capsule).run()
+    time. excluded: what this run and its script write, which may be elsewhere than at the checkpoint. Raises HpccrError
+    naming the file."""
+    return _Rollback(_read(list_fd), data_fd, capsule, frozenset(excluded)).run()
 
 
 def link(list_fd: int) -> None:
@@ -89,8 +91,15 @@ def _read(list_fd: int) -> SavedFiles:
 
 
 class _Rollback:
-    def __init__(self, saved: SavedFiles, data_fd: int, capsule: int) -> None:
+    def __init__(self, saved: SavedFiles, data_fd: int, capsule: int, now: frozenset[str]) -> None:
+        """now: what is excluded now; saved.excluded: what was at the checkpoint."""
         self._saved = saved
+        self._excluded = {os.fsdecode(path) for path in saved.excluded} | now
+        trees = [os.fsdecode(tree) for tree in saved.trees]
+        self._spared = [path for path in now - {os.fsdecode(path) for path in saved.excluded} if below(path, trees)]
+        """Of the trees then, and not any more: what is there stays. In a tree of the checkpoint's `excluded` only those
+        files are saved that a task had open."""
+        self._holding = {parent for path in now for parent in _parents(path)}
         self._data = data_fd
         self._suffix = f".{capsule}{TEMPORARY}"
         self._temporary: list[str] = []
@@ -107,11 +116,12 @@ class _Rollback:
         """Files that have become one since: each of them gets one of its own again."""
 
     def run(self) -> int:
-        directories = [file for file in self._saved.files if stat.S_ISDIR(file.mode)]
+        files = [file for file in self._saved.files if not below(os.fsdecode(file.path), self._spared)]
+        directories = [file for file in files if stat.S_ISDIR(file.mode)]
         try:
             for file in directories:
                 self._make_directory(file)
-            for file in self._saved.files:
+            for file in files:
                 with _named(file):
                     self._plan(file)
         except BaseException:
@@ -161,6 +171,11 @@ class _Rollback:
         if kind == stat.S_IFDIR:
             return
         status = _status(path)
+        if status is not None and stat.S_ISDIR(status.st_mode) and path in self._holding:
+            raise HpccrError(
+                f"cannot put {path} back as it was at the checkpoint: this run's output or store is in it",
+                hint="let them be somewhere else",
+            )
         if kind == 0:
             if status is not None:
                 self._do(path, lambda: _remove(path))
@@ -342,15 +357,14 @@ class _Rollback:
     def _remove_later_names(self) -> None:
         """In the trees: what has been made since."""
         known = {os.fsdecode(file.path) for file in self._saved.files if file.mode}
-        excluded = {os.fsdecode(path) for path in self._saved.excluded}
+        # What holds something that is excluded stays too.
+        kept = known | {parent for path in self._excluded for parent in _parents(path)}
         for tree in self._saved.trees:
-            # What holds something that is excluded stays too.
-            kept = known | {parent for path in excluded for parent in _parents(path)}
-            found = walk(os.fsdecode(tree), excluded.__contains__, _raise)
+            found = walk(os.fsdecode(tree), self._excluded.__contains__, _raise)
             for path, status in reversed([*found]):
                 # The temporary files of another capsule's rollback are still wanted.
                 foreign = path.endswith(TEMPORARY) and not path.endswith(self._suffix)
-                if path in kept or foreign or stat.S_ISSOCK(status.st_mode):
+                if path in kept or foreign or stat.S_ISSOCK(status.st_mode) or below(path, self._spared):
                     continue
                 _remove(path)
                 self._changed += 1

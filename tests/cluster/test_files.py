@@ -84,6 +84,29 @@ def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, wor
         assert [path for path in found if found[path] != expected[path]] == []
 
 
+# --- beside the job ---------------------------------------------------------------------------------------------------
+
+NUMBERS = "number=0; until [ -e gate ]; do number=$((number + 1)); echo $number; sleep 0.02; done"
+
+
+def test_what_the_script_writes_beside_the_job(jobs: Jobs, cluster: Cluster) -> None:
+    """Its own output is in a directory of --files and the job's is another file: nobody takes anything of it back."""
+    beside = "(until [ -e beside ]; do sleep 0.1; done; echo said meanwhile) & said=$!"
+    command = f"hpccr run --files=. bash -c '{NUMBERS}' > numbers.txt 2>&1"
+    script = f"echo begin; {beside}\n{command}\nwait $said; echo end"
+    job = jobs.sbatch(script, ["--open-mode=append"], nodes=2, tasks=2)
+    job.wait_event("started")
+    job.checkpoint()
+    cluster.write(job.directory / "beside", "", job.user)
+    job.wait_output("said meanwhile\n")
+    lose_a_part(job, cluster)
+    cluster.write(job.directory / "gate", "", job.user)
+    job.wait_success()
+    assert job.said() == "begin\nsaid meanwhile\nend\n"
+    numbers = (job.directory / "numbers.txt").read_text().split()
+    assert numbers == [str(number + 1) for number in range(len(numbers))] and numbers
+
+
 # --- killed in a rollback ---------------------------------------------------------------------------------------------
 
 BLOCKS = 128

@@ -32,3 +32,10 @@ def test_an_environment_of_very_many_variables_is_refused() -> None:
     admission.check_command(start(admission.MAX_VARIABLES))
     with pytest.raises(UsageError, match="variables"):
         admission.check_command(start(admission.MAX_VARIABLES + 1))
+
+
+@pytest.mark.parametrize("paths", [("/x",) * 65, ("relative",), ("",), ("/zero\0byte",), ("/" + "x" * 4096,)])
+def test_what_a_rollback_leaves_alone_is_a_few_absolute_paths(paths: tuple[str, ...]) -> None:
+    admission.check_excluded(("/home/user/.hpccr", "/home/user/slurm-17.out"))
+    with pytest.raises(UsageError, match="excluded"):
+        admission.check_excluded(paths)

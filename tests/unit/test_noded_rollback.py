@@ -50,8 +50,8 @@ class Saved:
         text = os.pread(self.list, 1 << 24, 0)
         return {os.fsdecode(f.path): f.extents is not None for f in msgspec.msgpack.decode(text, type=SavedFiles).files}
 
-    def back(self, capsule: int = 0) -> int:
-        return rollback.roll_back(self.list, self.data, capsule)
+    def back(self, capsule: int = 0, excluded: tuple[Path, ...] = ()) -> int:
+        return rollback.roll_back(self.list, self.data, capsule, map(str, excluded))
 
 
 def contents(top: Path) -> dict[str, object]:
@@ -397,6 +397,42 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
     assert after.pop(str(out)) and after.pop(str(store)) and after.pop(str(store / "checkpoint"))
     assert after == before
     assert saved.back() == 0
+
+
+def test_what_this_run_writes_stays(tmp_path: Path) -> None:
+    """Its output goes to a new file and to one that was the tree's, its store is in the tree by another name."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("file", "results", "store"):
+        (tree / name).write_text("then")
+    saved = Saved(trees=(tree,), excluded=(tree / "out.1", tmp_path / "store"))
+    (tree / "store").unlink()
+    for path in (tree / "store" / "job" / "image", tree / "sub" / "out.2", tree / "out.1"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("now")
+    for name in ("file", "results", "later"):
+        (tree / name).write_text("now")
+    outputs = [tree / "sub" / "out.2", tree / "results"]
+    inodes = [path.stat().st_ino for path in outputs]
+    assert saved.back(excluded=(tree / "store", *outputs)) == 2
+    assert [path.stat().st_ino for path in outputs] == inodes
+    found = {str(path.relative_to(tree)): path.read_text() for path in tree.rglob("*") if path.is_file()}
+    stays = ("out.1", "sub/out.2", "results", "store/job/image")
+    assert found == {"file": "then"} | dict.fromkeys(stays, "now")
+
+
+def test_what_would_take_the_place_of_this_runs_output_is_refused(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "results").write_text("then")
+    saved = Saved(trees=(tree,))
+    (tree / "results").unlink()
+    (tree / "results").mkdir()
+    (tree / "results" / "out").write_text("now")
+    before = contents(tmp_path)
+    with pytest.raises(HpccrError, match=r"tree/results .* output or store is in it"):
+        saved.back(excluded=(tree / "results" / "out",))
+    assert contents(tmp_path) == before
 
 
 def test_a_tree_that_is_gone_comes_back(tmp_path: Path) -> None:

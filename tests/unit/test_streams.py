@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from hpccr.agent.stdio import WINDOW, JobPipes
 from hpccr.coordinator import sink as sink_module
 from hpccr.coordinator.sink import Sink
-from hpccr.coordinator.streams import Source, same_file, stdin_kind
+from hpccr.coordinator.streams import Source, outputs, same_file, stdin_kind
 from hpccr.model import Stream
 from hpccr.wire import messages as m
 
@@ -553,3 +554,12 @@ def test_a_stream_that_nobody_reads_gives_the_job_a_broken_pipe() -> None:
         job.pipes.close()
 
     asyncio.run(run())
+
+
+def test_the_files_that_another_process_writes(tmp_path: Path) -> None:
+    """As the batch script does while its `hpccr run` has other ones."""
+    with (tmp_path / "log").open("w") as log:
+        other = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.DEVNULL)
+    assert outputs(other.pid) == (str(tmp_path / "log"),)
+    other.communicate()
+    assert outputs(other.pid) == ()
