@@ -198,10 +198,15 @@ class Streams:
         self._parents = outputs(os.getppid())
 
     def begin(self, positions: Positions | None) -> None:
-        """Before a start (None) or a restore: put the files back to where they were then.
+        """Before a start (None) or a restore: the input comes from there on. Raises HpccrError if input that was
+        consumed cannot be skipped again."""
+        self._skipped = (positions.stdin.position or 0) if positions else 0
+        if self.stdin == "pipe":
+            self._open_source(self._skipped)
 
-        Raises HpccrError if input that was consumed cannot be skipped again.
-        """
+    def cut_back(self, positions: Positions | None) -> None:
+        """Before the job that was started (None) or restored writes anything: put the output files back to where they
+        were then. At the latest possible moment, as long as another checkpoint may be restored instead."""
         targets = (positions.stdout, positions.stderr) if positions else self.began
         for number, target in zip((1, 2), targets, strict=True):
             if number == 1 or not self.merged:
@@ -212,9 +217,6 @@ class Streams:
                 "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken "
                 "back, and comes again"
             )
-        self._skipped = (positions.stdin.position or 0) if positions else 0
-        if self.stdin == "pipe":
-            self._open_source(self._skipped)
 
     def _open_source(self, consumed: int) -> None:
         if self._source is None:

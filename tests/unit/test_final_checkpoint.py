@@ -42,8 +42,11 @@ class Silent:
 
     stdin, merged, paths, trouble = "null", True, (), ""
 
-    def begin(self, positions: Positions | None) -> list[str]:
-        return []
+    def begin(self, positions: Positions | None) -> None:
+        pass
+
+    def cut_back(self, positions: Positions | None) -> None:
+        pass
 
     def running(self) -> None:
         pass

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -563,3 +564,33 @@ def test_the_files_that_another_process_writes(tmp_path: Path) -> None:
     assert outputs(other.pid) == (str(tmp_path / "log"),)
     other.communicate()
     assert outputs(other.pid) == ()
+
+
+BEGINNING = """
+import asyncio, os, sys
+from pathlib import Path
+from hpccr.coordinator.streams import Positions, Streams
+from hpccr.model import Stream
+
+async def main():
+    nothing = lambda *what: None
+    streams = Streams(journal=Path(sys.argv[1]), began=None, taken=nothing, feed=nothing, warn=nothing, broken=nothing)
+    then = Positions(Stream(0), Stream(4, (), os.fstat(1).st_ino), Stream(None))
+    sizes = []
+    for act in (streams.begin, streams.cut_back):
+        act(then)
+        await streams.positions(0)
+        sizes.append(os.fstat(1).st_size)
+    print(*sizes, file=sys.stderr)
+
+asyncio.run(main())
+"""
+
+
+def test_output_is_cut_by_itself(tmp_path: Path) -> None:
+    """When a boot begins it is not certain which checkpoint it comes to restore."""
+    (tmp_path / "out").write_bytes(b"one\ntwo\n")
+    with (tmp_path / "out").open("ab") as out:
+        argv = [sys.executable, "-c", BEGINNING, str(tmp_path / "journal")]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, check=True)
+    assert done.stderr == b"8 4\n" and (tmp_path / "out").read_bytes() == b"one\n"
