@@ -293,8 +293,8 @@ class _Rollback:
                     return ""  # left for the cleaning up: in place the group stays
             os.ftruncate(fd, file.size)
             self._write_extents(fd, file)
+            _set_xattrs(fd, file)  # while its owner may write to it: user.* takes that
             os.fchmod(fd, stat.S_IMODE(file.mode))
-            _set_xattrs(fd, file)
             os.utime(fd, ns=(file.mtime, file.mtime))
             os.fsync(fd)
         finally:
@@ -346,7 +346,10 @@ class _Rollback:
         """Mode, times and extended attributes of something that is there. Only its owner can, and for others they have
         not changed."""
         path = os.fsdecode(file.path)
-        _set_xattrs(path, file)
+        if attributes(path) != file.xattrs:
+            with suppress(PermissionError):
+                os.chmod(path, stat.S_IMODE(file.mode) | stat.S_IWUSR)  # which user.* takes
+            _set_xattrs(path, file)
         status = os.stat(path, follow_symlinks=False)
         if status.st_mode != file.mode:
             os.chmod(path, stat.S_IMODE(file.mode))
@@ -480,15 +483,16 @@ def _inodes_of_several(saved: SavedFiles) -> set[tuple[int, int]]:
 def _set_xattrs(where: int | str, file: SavedFile) -> None:
     """As far as the file system knows them and the user may: those that were there, and no others."""
     now = attributes(where)
-    try:
-        for name in now.keys() - file.xattrs.keys():
-            os.removexattr(where, name)
-        for name, value in file.xattrs.items():
-            if now.get(name) != value:
+    for name in now.keys() | file.xattrs.keys():
+        value = file.xattrs.get(name)
+        try:
+            if value is None:
+                os.removexattr(where, name)
+            elif now.get(name) != value:
                 os.setxattr(where, name, value)
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA):
-            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA):
+                raise
 
 
 def _zeros(fd: int, begin: int, end: int) -> bool:

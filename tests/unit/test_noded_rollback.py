@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import sqlite3
@@ -682,19 +683,51 @@ def test_what_a_later_error_leaves_undone_leaves_nothing_beside(tmp_path: Path) 
 def test_extended_attributes_of_files_and_directories_come_back(tmp_path: Path) -> None:
     top = tmp_path / "top"
     top.mkdir()
-    (top / "file").write_text("text")
-    try:
-        for path in (top, top / "file"):
+    files = {top: 0o755, top / "file": 0o644, top / "read-only": 0o444, top / "replaced": 0o444}
+    for path, mode in files.items():
+        if path != top:
+            path.write_text("text")
+        try:
             os.setxattr(path, "user.kept", b"before")
-    except OSError:
-        return  # a file system without them
+        except OSError:
+            return  # a file system without them
+        path.chmod(mode)
     saved = Saved(trees=(top,))
-    for path in (top, top / "file"):
+    for path, mode in files.items():
+        path.chmod(0o700)
+        if path.name == "replaced":
+            path.unlink()
+            path.write_text("other")
         os.setxattr(path, "user.kept", b"later")
         os.setxattr(path, "user.new", b"later")
+        path.chmod(mode)
     saved.back()
-    for path in (top, top / "file"):
-        assert {name: os.getxattr(path, name) for name in os.listxattr(path)} == {"user.kept": b"before"}
+    for path, mode in files.items():
+        assert {name: os.getxattr(path, name) for name in os.listxattr(path)} == {"user.kept": b"before"}, path
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_one_attribute_that_cannot_be_set_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("text")
+    try:
+        for number in range(10):
+            os.setxattr(path, f"user.{number}", b"before")
+    except OSError:
+        return  # a file system without them
+    saved = Saved(wanted(path))
+    for number in range(10):
+        os.setxattr(path, f"user.{number}", b"later")
+    set_one = os.setxattr
+
+    def refuse(where: int | str, name: str, value: bytes) -> None:
+        if name == "user.5":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        set_one(where, name, value)
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    saved.back()
+    assert [n for n in range(10) if os.getxattr(path, f"user.{n}") == b"later"] == [5]
 
 
 def test_a_link_that_criu_has_left_is_removed(tmp_path: Path) -> None:
