@@ -245,6 +245,8 @@ class Boot:
         self._arm(phase)
         if phase in (Phase.ROLLING_BACK, Phase.STARTING):
             self._spawn(self._go_on(phase, capsules))
+        elif phase is Phase.DUMPING:
+            self._spawn(self._dump(capsules))
         else:
             self._ask(phase, capsules)
 
@@ -268,8 +270,21 @@ class Boot:
                 self.feed(plan.Reply(0, m.Failed(ExitCode.PEER_LOST, why, hint)))
             return
         if self.state.phase is phase:
-            self._streams.cut_back(self._then)
+            # Done before the files are put back: an output file that the job itself had open is one of these.
+            await self._streams.cut_back(self._then)
+        if self.state.phase is phase:
             self._ask(phase, capsules)
+
+    async def _dump(self, capsules: tuple[int, ...]) -> None:
+        """What the job had written by the freeze is written first: it may have its own output file open, and that is
+        saved with its files."""
+        attempt = self.state.attempt
+        trouble = await self._streams.written()
+        if self.state.phase is Phase.DUMPING and self.state.attempt is attempt:
+            if trouble:
+                self.feed(plan.Cancel(f"the job's output cannot be written: {trouble}"))
+            else:
+                self._ask(Phase.DUMPING, capsules)
 
     def _arm(self, phase: Phase) -> None:
         """Set the phase's deadline. Time in which this process did not run (`scontrol suspend`) does not count."""

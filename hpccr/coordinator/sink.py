@@ -173,6 +173,11 @@ class Sink:
         self._thread.start()
 
     @property
+    def regular(self) -> bool:
+        """Whether it goes to a regular file."""
+        return self._regular
+
+    @property
     def rewinds(self) -> bool:
         """Whether output can be taken back here, or nobody sees it anyway."""
         return self._regular or (self.error is None and is_null(self._fd))

@@ -20,6 +20,8 @@ from hpccr.coordinator.sink import CHUNK, Sink, is_null, is_regular
 from hpccr.errors import HpccrError
 from hpccr.model import Stream
 
+LOOK = 0.5
+"""Seconds between looks whether what waits to be written can be."""
 WINDOW = 256 << 10
 """Bytes of input that may be on their way to the job."""
 
@@ -204,9 +206,10 @@ class Streams:
         if self.stdin == "pipe":
             self._open_source(self._skipped)
 
-    def cut_back(self, positions: Positions | None) -> None:
+    async def cut_back(self, positions: Positions | None) -> None:
         """Before the job that was started (None) or restored writes anything: put the output files back to where they
-        were then. At the latest possible moment, as long as another checkpoint may be restored instead."""
+        were then. At the latest possible moment, as long as another checkpoint may be restored instead. Returns when
+        that is done."""
         targets = (positions.stdout, positions.stderr) if positions else self.began
         for number, target in zip((1, 2), targets, strict=True):
             if number == 1 or not self.merged:
@@ -217,6 +220,7 @@ class Streams:
                 "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken "
                 "back, and comes again"
             )
+        await self.written()
 
     def _open_source(self, consumed: int) -> None:
         if self._source is None:
@@ -247,6 +251,15 @@ class Streams:
     def input_taken(self, count: int) -> None:
         if self._source is not None:
             self._source.taken(count)
+
+    async def written(self) -> str:
+        """Returns when all output so far is in the regular files that it goes to; or why it cannot be written now."""
+        marks = [asyncio.ensure_future(sink.mark()) for sink in set(self._sinks.values()) if sink.regular]
+        while marks:
+            _, waiting = await asyncio.wait(marks, timeout=LOOK)
+            if not waiting or self.trouble:
+                break
+        return self.trouble
 
     async def positions(self, stdin_consumed: int) -> Positions:
         """Where the streams are, all output so far included. stdin_consumed: see wire.messages.Frozen."""

@@ -4,7 +4,8 @@ Two stages. First everything that differs is written beside its place under a te
 touched: if that fails the files are as they were found. Then names are exchanged. A crash in between leaves each file
 in its old or in its new state, and the next rollback finishes the work. Only what cannot be replaced is written in
 place: a file with several names, of another owner, in a directory where the user cannot make files, or one that
-programs know by its inode (SQLite). There, too, the next rollback finishes the work.
+programs know by its inode (SQLite), or that this run has open already (its output). There, too, the next rollback
+finishes the work.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class _Rollback:
     def __init__(self, saved: SavedFiles, data_fd: int, capsule: int, now: frozenset[str]) -> None:
         """now: what is excluded now; saved.excluded: what was at the checkpoint."""
         self._saved = saved
+        self._now = now
         self._excluded = {os.fsdecode(path) for path in saved.excluded} | now
         trees = [os.fsdecode(tree) for tree in saved.trees]
         self._spared = [path for path in now - {os.fsdecode(path) for path in saved.excluded} if below(path, trees)]
@@ -259,7 +261,9 @@ class _Rollback:
         self._then.append(lambda: self._set_attributes(file))
 
     def _replaceable(self, status: os.stat_result, file: SavedFile) -> bool:
-        return not file.keep and status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
+        # An output file is listed if the job itself had it open; hpccr, or the script, goes on writing to it.
+        keep = file.keep or os.fsdecode(file.path) in self._now
+        return not keep and status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
 
     def _beside(self, path: str) -> str:
         """A temporary name in the same directory, free to use; the same after a crash, so that nothing piles up."""

@@ -114,7 +114,7 @@ def measure(request: Request) -> int:
         fd, status = _open_wanted(file)
         if fd >= 0:
             os.close(fd)
-            if not _only_cut(file, status, request.limit):
+            if not _only_cut(file, status, request):
                 total += room(file.path, status)
     seen = {file.path for file in request.files}
     for path, status in _trees(request):
@@ -215,11 +215,12 @@ def _open_wanted(file: Wanted) -> tuple[int, os.stat_result]:
     return fd, status
 
 
-def _only_cut(file: Wanted, status: os.stat_result, limit: int) -> bool:
-    """Whether the content is left where it is. What is appended only stays as it was, as far as anybody can tell."""
-    if file.append and status.st_size > limit:
+def _only_cut(file: Wanted, status: os.stat_result, request: Request) -> bool:
+    """Whether the content is left where it is. What is appended only stays as it was, as far as anybody can tell; but
+    the job's output, which others append to as well, is cut back first to where theirs ended."""
+    if file.append and status.st_size > request.limit and file.path not in request.excluded:
         return True
-    _check_size(file.path, status, limit)
+    _check_size(file.path, status, request.limit)
     return False
 
 
@@ -309,7 +310,7 @@ class _Saving:
             self._found[file.path] = _entry(file.path, status, extents=None)
             return
         try:
-            if _only_cut(file, status, self._request.limit):
+            if _only_cut(file, status, self._request):
                 self._found[file.path] = _entry(file.path, status, extents=None, fd=fd)
                 self._remember(file.path, status)
                 return

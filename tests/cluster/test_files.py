@@ -107,6 +107,38 @@ def test_what_the_script_writes_beside_the_job(jobs: Jobs, cluster: Cluster) -> 
     assert numbers == [str(number + 1) for number in range(len(numbers))] and numbers
 
 
+APPENDER = """\
+import os, time
+
+def wait(condition):
+    while not condition():
+        time.sleep(0.02)
+
+own = open("out.txt", "a", buffering=1)
+for number in range(1, 61):
+    for held, gate in ((21, "more"), (41, "gate")):
+        wait(lambda: number != held or os.path.exists(gate))
+    print("printed", number, flush=True)
+    wait(lambda: f"printed {number}\\n" in open("out.txt").read())
+    print("appended", number, file=own)
+"""
+
+
+def test_a_job_that_appends_to_its_own_output(jobs: Jobs, cluster: Cluster) -> None:
+    """What it wrote last before the checkpoint comes back, and all that it prints afterwards is in the file."""
+    job = jobs.submit("python3 appender.py", tasks=2, files={"appender.py": APPENDER})
+    job.wait_output("appended 20\n")
+    job.checkpoint()
+    cluster.write(job.directory / "more", "", job.user)
+    job.wait_output("appended 40\n")
+    lose_a_part(job, cluster)
+    job.wait_output("appended 40\n")
+    job.requeue()
+    job.open_gate()
+    job.wait_success()
+    assert job.said() == "".join(f"printed {number}\nappended {number}\n" for number in range(1, 61))
+
+
 # --- killed in a rollback ---------------------------------------------------------------------------------------------
 
 BLOCKS = 128

@@ -19,7 +19,7 @@ from hpccr.coordinator.plan import Phase
 from hpccr.coordinator.requests import Command
 from hpccr.coordinator.service import Boot
 from hpccr.coordinator.streams import Positions, Streams
-from hpccr.errors import ExitCode
+from hpccr.errors import ExitCode, HpccrError
 from hpccr.model import Manifest, StepKey
 from hpccr.store.layout import Step, Store
 from hpccr.wire import messages as m
@@ -34,9 +34,14 @@ class Output(Silent):
 
     def __init__(self) -> None:
         self.cuts: list[Positions | None] = []
+        self.waiting: list[asyncio.Future[str]] = []
 
-    def cut_back(self, positions: Positions | None) -> None:
+    async def cut_back(self, positions: Positions | None) -> None:
         self.cuts.append(positions)
+
+    async def written(self) -> str:
+        self.waiting.append(asyncio.get_running_loop().create_future())
+        return await self.waiting[-1]
 
 
 class Restorable(Capsule):
@@ -45,13 +50,14 @@ class Restorable(Capsule):
 
     def __init__(self, step: Step, output: Output, fails: type[m.Message] | None) -> None:
         super().__init__(0)
-        self._step, self._output, self._fails = step, output, fails
+        self.output = output
+        self._step, self._fails = step, fails
         self.seen: dict[type[m.Message], tuple[list[int], int]] = {}
         self.excluded: tuple[str, ...] = ()
 
     def _answers(self, message: m.Message) -> list[m.Message]:
         marked = [one.sequence for one in self._step.checkpoints() if one.state().abandoned]
-        self.seen[type(message)] = marked, len(self._output.cuts)
+        self.seen[type(message)] = marked, len(self.output.cuts)
         if isinstance(message, m.RollBack):
             self.excluded = message.excluded
         if type(message) is self._fails:
@@ -75,29 +81,33 @@ def step(tmp_path: Path) -> Step:
     return step
 
 
+def made_boot(step: Step, capsule: Restorable, source: Manifest | None, events: list[str]) -> Boot:
+    made = Boot(
+        config=Config(),
+        step=step,
+        command=Command(("app",), {}, "/"),
+        streams=cast(Streams, capsule.output),
+        members=(capsule,),
+        incarnation=1,
+        secret="",
+        source=source,
+        event=lambda name, **details: events.append(name),
+        check=lambda: None,
+    )
+    capsule.boot = made
+    return made
+
+
 def boot(
     step: Step, source: int, fails: type[m.Message] | None = None
 ) -> tuple[plan.Finished | plan.BootFailed | plan.StepLost | None, Restorable, list[str]]:
     """The outcome, None if the job runs; its capsule; the events."""
-    output = Output()
-    capsule = Restorable(step, output, fails)
+    capsule = Restorable(step, Output(), fails)
     events: list[str] = []
     manifest: Manifest | None = step.checkpoint(source).manifest() if source else None
 
     async def acts() -> Any:
-        made = Boot(
-            config=Config(),
-            step=step,
-            command=Command(("app",), {}, "/"),
-            streams=cast(Streams, output),
-            members=(capsule,),
-            incarnation=1,
-            secret="",
-            source=manifest,
-            event=lambda name, **details: events.append(name),
-            check=lambda: None,
-        )
-        capsule.boot = made
+        made = made_boot(step, capsule, manifest, events)
         made.begin()
         running = asyncio.ensure_future(made.running.wait())
         await asyncio.wait((running, made.outcome), return_when=asyncio.FIRST_COMPLETED)
@@ -115,14 +125,14 @@ def test_newer_checkpoints_are_marked_and_the_output_is_cut_before_any_file_is_t
     assert events.count("abandoned") == 1
     assert capsule.excluded == (str(step.path.parent.parent), PATH)
     outcome, capsule, events = boot(step, 1)
-    assert outcome is None and not events.count("abandoned") and len(capsule._output.cuts) == 1
+    assert outcome is None and not events.count("abandoned") and len(capsule.output.cuts) == 1
 
 
 @pytest.mark.parametrize("fails", [m.Create, m.Fetch])
 def test_a_checkpoint_that_is_not_fetched_has_cost_nothing(step: Step, fails: type[m.Message]) -> None:
     outcome, capsule, events = boot(step, 1, fails=fails)
     assert isinstance(outcome, plan.BootFailed)
-    assert not capsule._output.cuts and "abandoned" not in events
+    assert not capsule.output.cuts and "abandoned" not in events
 
 
 def test_a_start_from_the_beginning_marks_and_cuts_before_it(step: Step) -> None:
@@ -137,4 +147,30 @@ def test_where_checkpoints_cannot_be_marked_nothing_is_touched(step: Step, sourc
     assert isinstance(outcome, plan.BootFailed) and outcome.phase is phase
     # The checkpoint is not passed over for that.
     assert outcome.failure.code == ExitCode.PEER_LOST and "cannot mark" in outcome.failure.message
-    assert not capsule._output.cuts and not {m.RollBack, m.Start} & capsule.seen.keys()
+    assert not capsule.output.cuts and not {m.RollBack, m.Start} & capsule.seen.keys()
+
+
+def test_a_dump_waits_until_the_output_is_written(step: Step) -> None:
+    """The job may have its own output file open, which is saved with its files then. Where it cannot be written the
+    tasks do not stand still for that."""
+
+    async def acts() -> None:
+        capsule = Restorable(step, output := Output(), None)
+        made = made_boot(step, capsule, None, events := [])
+        made.begin()
+        for trouble in ("", "No space left on device"):
+            making = asyncio.create_task(made.checkpoint(kill=False, reason="command"))
+            while not output.waiting:
+                await asyncio.sleep(0)
+            assert m.Dump not in capsule.seen
+            output.waiting.pop().set_result(trouble)
+            if trouble:
+                with pytest.raises(HpccrError, match="No space"):
+                    await making
+            else:
+                await making
+                assert m.Dump in capsule.seen
+                capsule.seen.clear()
+        assert m.Dump not in capsule.seen and m.Abort in capsule.seen and events.count("checkpoint-failed") == 1
+
+    asyncio.run(asyncio.wait_for(acts(), DEADLINE))

@@ -45,8 +45,11 @@ class Silent:
     def begin(self, positions: Positions | None) -> None:
         pass
 
-    def cut_back(self, positions: Positions | None) -> None:
+    async def cut_back(self, positions: Positions | None) -> None:
         pass
+
+    async def written(self) -> str:
+        return ""
 
     def running(self) -> None:
         pass

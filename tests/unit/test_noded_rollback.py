@@ -422,6 +422,21 @@ def test_what_this_run_writes_stays(tmp_path: Path) -> None:
     assert found == {"file": "then"} | dict.fromkeys(stays, "now")
 
 
+def test_an_output_file_that_the_job_had_open_stays_the_same_file(tmp_path: Path) -> None:
+    """It has been cut back already, to where hpccr's own lines ended; hpccr goes on writing to it."""
+    out = tmp_path / "out"
+    out.write_text("hpccr's\nthe job's\n")
+    saved = Saved(wanted(out, append=True), trees=(tmp_path,), excluded=(out,))
+    with out.open("a") as file:
+        os.truncate(out, len("hpccr's\n"))
+        saved.back(excluded=(out,))
+        file.write("more\n")
+    assert out.read_text() == "hpccr's\nthe job's\nmore\n"
+    with pytest.raises(UnsupportedError, match="files up to 10 bytes are saved"):
+        Saved(wanted(out, append=True), excluded=(out,), limit=10)
+    assert not any(Saved(wanted(out, append=True), limit=10).names.values())
+
+
 def test_what_would_take_the_place_of_this_runs_output_is_refused(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()

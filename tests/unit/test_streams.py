@@ -577,10 +577,11 @@ async def main():
     streams = Streams(journal=Path(sys.argv[1]), began=None, taken=nothing, feed=nothing, warn=nothing, broken=nothing)
     then = Positions(Stream(0), Stream(4, (), os.fstat(1).st_ino), Stream(None))
     sizes = []
-    for act in (streams.begin, streams.cut_back):
-        act(then)
-        await streams.positions(0)
-        sizes.append(os.fstat(1).st_size)
+    streams.begin(then)
+    await streams.positions(0)
+    sizes.append(os.fstat(1).st_size)
+    await streams.cut_back(then)
+    sizes.append(os.fstat(1).st_size)
     print(*sizes, file=sys.stderr)
 
 asyncio.run(main())
