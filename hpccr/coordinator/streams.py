@@ -22,6 +22,8 @@ from hpccr.model import Stream
 
 LOOK = 0.5
 """Seconds between looks whether what waits to be written can be."""
+SYNC = 30.0
+"""Seconds that a checkpoint waits for the output to be on its disk: less than it has for its manifest."""
 WINDOW = 256 << 10
 """Bytes of input that may be on their way to the job."""
 
@@ -262,10 +264,23 @@ class Streams:
         return self.trouble
 
     async def positions(self, stdin_consumed: int) -> Positions:
-        """Where the streams are, all output so far included. stdin_consumed: see wire.messages.Frozen."""
+        """Where the streams are, all output so far included, which a loss of power does not take any more then.
+        stdin_consumed: see wire.messages.Frozen."""
         consumed = self._skipped + stdin_consumed
         stdout, stderr = await asyncio.gather(self._sinks[1].mark(), self._sinks[2].mark())
+        await self._sync()
         return Positions(Stream(consumed), stdout, stderr)
+
+    async def _sync(self) -> None:
+        """Not worth a checkpoint if it fails or takes too long, or one would be lost for a loss that may never come."""
+        syncing = [asyncio.ensure_future(asyncio.to_thread(sink.sync)) for sink in set(self._sinks.values())]
+        done, late = await asyncio.wait(syncing, timeout=SYNC)
+        for why in {task.result() for task in done} | ({f"it takes more than {SYNC:.0f} s"} if late else set()):
+            if why:
+                self._warn(
+                    f"the job's output cannot be brought to its disk ({why}): should this node lose power, lines from "
+                    "before the checkpoint may be missing"
+                )
 
     @property
     def paths(self) -> tuple[str, ...]:

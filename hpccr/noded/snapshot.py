@@ -113,9 +113,13 @@ def measure(request: Request) -> int:
             continue
         fd, status = _open_wanted(file)
         if fd >= 0:
-            os.close(fd)
-            if not _only_cut(file, status, request):
-                total += room(file.path, status)
+            try:
+                if _only_cut(file, status, request):
+                    _sync(fd, file.path)  # the most of it, so that little is left when everything stands still
+                else:
+                    total += room(file.path, status)
+            finally:
+                os.close(fd)
     seen = {file.path for file in request.files}
     for path, status in _trees(request):
         if stat.S_ISREG(status.st_mode) and path not in seen:
@@ -224,6 +228,14 @@ def _only_cut(file: Wanted, status: os.stat_result, request: Request) -> bool:
     return False
 
 
+def _sync(fd: int, path: str) -> None:
+    """A checkpoint that has only the size of a file counts on its content, also after a loss of power."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise HpccrError(f"{path} cannot be brought to its disk: {error.strerror}") from None
+
+
 def _check_size(path: str, status: os.stat_result, limit: int) -> None:
     if status.st_blocks * 512 > limit and status.st_size > limit:
         raise UnsupportedError(
@@ -311,6 +323,7 @@ class _Saving:
             return
         try:
             if _only_cut(file, status, self._request):
+                _sync(fd, file.path)
                 self._found[file.path] = _entry(file.path, status, extents=None, fd=fd)
                 self._remember(file.path, status)
                 return

@@ -240,6 +240,29 @@ def test_a_file_above_the_limit_is_named_and_a_log_above_it_is_only_cut(tmp_path
         saved.back()
 
 
+def test_what_is_only_cut_is_on_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    path.write_text("a long log")
+    sync, synced = os.fdatasync, []
+
+    def fdatasync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    Saved(wanted(path, append=True))
+    assert not synced
+    Saved(wanted(path, append=True), limit=5)
+    assert synced == [str(path)] * 2
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(HpccrError, match=f"{path} cannot be brought to its disk"):
+        Saved(wanted(path, append=True), limit=5)
+
+
 def test_another_file_at_the_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("text")
