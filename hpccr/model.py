@@ -123,7 +123,7 @@ class SavedFiles(msgspec.Struct, frozen=True):
 
 class FileRules(msgspec.Struct, frozen=True):
     """What a checkpoint saves of the job's files. trees: absolute paths of directories whose state is the job's;
-    excluded: paths in them that are not; snapshot_limit: bytes of the largest file that is saved."""
+    excluded: paths that are not, in them or not; snapshot_limit: bytes of the largest file that is saved."""
 
     trees: tuple[bytes, ...] = ()
     excluded: tuple[bytes, ...] = ()

@@ -63,7 +63,7 @@ class Requests:
                     checkpoint=self.source.checkpoint,
                 )
             case Phase.ROLLING_BACK:
-                return m.RollBack()
+                return m.RollBack(self.files.excluded)
             case Phase.RESTORING:
                 own = capsule == 0
                 return m.Restore(
@@ -101,13 +101,11 @@ class Requests:
 
 
 def file_rules(config: Config, step: Step, outputs: Sequence[str]) -> FileRules:
-    """What a checkpoint saves of the job's files; neither its checkpoints nor its output (`outputs`), which hpccr
-    itself cuts."""
+    """What a checkpoint saves of the job's files, and a restore puts back; neither its checkpoints nor the files
+    (`outputs`) that hpccr itself or the script writes."""
     return FileRules(
         trees=tuple(map(os.fsencode, config.files.trees)),
-        excluded=tuple(map(os.fsencode, (os.path.realpath(step.path.parent.parent), *outputs)))
-        if config.files.trees
-        else (),
+        excluded=tuple(map(os.fsencode, (os.path.realpath(step.path.parent.parent), *outputs))),
         snapshot_limit=config.files.snapshot_limit,
     )
 

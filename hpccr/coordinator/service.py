@@ -89,8 +89,8 @@ class Boot:
             source=source,
             files=file_rules(config, step, streams.paths),
         )
-        self._restarts = incarnation > 0
         self.source = source
+        self._then = Positions(source.stdin, source.stdout, source.stderr) if source else None
         self._event = event
         self._check = check
         self._loop = asyncio.get_running_loop()
@@ -142,10 +142,8 @@ class Boot:
     # --- events in ----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Put the streams back and create the capsules. Raises HpccrError if stdin cannot be rewound."""
-        source = self.source
-        positions = Positions(source.stdin, source.stdout, source.stderr) if source else None
-        self._streams.begin(positions)
+        """Rewind stdin and create the capsules. Raises HpccrError if it cannot be rewound."""
+        self._streams.begin(self._then)
         self.feed(plan.Boot())
 
     def message(self, member: Member, message: m.Message) -> None:
@@ -245,8 +243,10 @@ class Boot:
         if phase is Phase.FREEZING:
             self._freezing = time.monotonic()
         self._arm(phase)
-        if phase is Phase.RESUMING or (phase is Phase.STARTING and self._restarts):
+        if phase in (Phase.ROLLING_BACK, Phase.STARTING):
             self._spawn(self._go_on(phase, capsules))
+        elif phase is Phase.DUMPING:
+            self._spawn(self._dump(capsules))
         else:
             self._ask(phase, capsules)
 
@@ -256,15 +256,35 @@ class Boot:
             self._members[capsule].post(self._requests.message(phase, capsule, self.state, self._patience, elsewhere))
 
     async def _go_on(self, phase: Phase, capsules: tuple[int, ...]) -> None:
-        """From here on it is another history than that of checkpoints after its source, which may still be flushed."""
+        """The job's output and files become those of its source: from here on it is another history than that of the
+        checkpoints after it, which may still be flushed. Nothing is touched before they say so: else the next run of
+        the job would restore one of them over what this boot has left, should it come to nothing."""
         source = self.source.sequence if self.source else 0
         try:
             for sequence in await asyncio.to_thread(abandoned.go_on, self._step, source):
                 self._event("abandoned", sequence=sequence, source=source)
         except OSError as error:
-            log.warning("cannot mark the checkpoints after %d: %s", source, error)
+            if self.state.phase is phase:
+                why = f"cannot mark the checkpoints after {source} in {self._step.path}: {error.strerror or error}"
+                hint = "is shared storage mounted, and is there room?"
+                self.feed(plan.Reply(0, m.Failed(ExitCode.PEER_LOST, why, hint)))
+            return
+        if self.state.phase is phase:
+            # Done before the files are put back: an output file that the job itself had open is one of these.
+            await self._streams.cut_back(self._then)
         if self.state.phase is phase:
             self._ask(phase, capsules)
+
+    async def _dump(self, capsules: tuple[int, ...]) -> None:
+        """What the job had written by the freeze is written first: it may have its own output file open, and that is
+        saved with its files."""
+        attempt = self.state.attempt
+        trouble = await self._streams.written()
+        if self.state.phase is Phase.DUMPING and self.state.attempt is attempt:
+            if trouble:
+                self.feed(plan.Cancel(f"the job's output cannot be written: {trouble}"))
+            else:
+                self._ask(Phase.DUMPING, capsules)
 
     def _arm(self, phase: Phase) -> None:
         """Set the phase's deadline. Time in which this process did not run (`scontrol suspend`) does not count."""

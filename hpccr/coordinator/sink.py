@@ -121,6 +121,9 @@ class _Journal:
         self._base_path.write_text(str(base))
         self.base = base
 
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -160,6 +163,7 @@ class Sink:
         self._stir = threading.Event()
         """Something is to be done that does not wait for a file that takes nothing."""
         self._given_up = False
+        self._syncing = threading.Lock()
         self.trouble = ""
         """Why the file takes nothing just now."""
         self.error: OSError | None = None
@@ -172,6 +176,11 @@ class Sink:
                 self._no_journal(error)
         self._thread = threading.Thread(target=self._serve, name=f"stdout-{fd}", daemon=True)
         self._thread.start()
+
+    @property
+    def regular(self) -> bool:
+        """Whether it goes to a regular file."""
+        return self._regular
 
     @property
     def rewinds(self) -> bool:
@@ -198,6 +207,24 @@ class Sink:
 
         self._queue.put(_Mark(lambda stream: self._tell(settle, stream)))
         return await future
+
+    def sync(self) -> str:
+        """Bring what has been written to the disk, from whatever thread; why it cannot be, "" if it is there.
+
+        One at a time, so that storage that hangs does not hold up more than one thread."""
+        if not self._regular:
+            return ""
+        if not self._syncing.acquire(blocking=False):
+            return "the last time is not over"
+        try:
+            os.fdatasync(self._fd)
+            if (journal := self._journal) is not None:
+                journal.sync()
+        except OSError as error:
+            return error.strerror or str(error)
+        finally:
+            self._syncing.release()
+        return ""
 
     def cut_back(self, position: Stream, *, start: bool = False) -> None:
         """Make the file as it was at `position`: what came later is cut off, what a truncation took is put back, and

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import select
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from hpccr.coordinator.sink import CHUNK, Sink, is_null, is_regular
 from hpccr.errors import HpccrError
 from hpccr.model import Stream
 
+LOOK = 0.5
+"""Seconds between looks whether what waits to be written can be."""
+SYNC = 30.0
+"""Seconds that a checkpoint waits for the output to be on its disk: less than it has for its manifest."""
 WINDOW = 256 << 10
 """Bytes of input that may be on their way to the job."""
 
@@ -39,6 +44,17 @@ def stdin_kind(fd: int = 0) -> str:
     except OSError:
         return "null"
     return "null" if is_null(fd) else "pipe"
+
+
+def outputs(process: int | str) -> tuple[str, ...]:
+    """Paths of the regular files that are a process's stdout and stderr, as far as it lets us see."""
+    found = []
+    for fd in (1, 2):
+        link = f"/proc/{process}/fd/{fd}"
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.stat(link).st_mode):
+                found.append(os.readlink(link))
+    return tuple(path for path in found if path.startswith("/"))
 
 
 class Source:
@@ -183,12 +199,19 @@ class Streams:
         self._source: Source | None = None
         self._skipped = 0
         self._start = os.lseek(0, 0, os.SEEK_CUR) if is_regular(0) else 0
+        self._parents = outputs(os.getppid())
 
     def begin(self, positions: Positions | None) -> None:
-        """Before a start (None) or a restore: put the files back to where they were then.
+        """Before a start (None) or a restore: the input comes from there on. Raises HpccrError if input that was
+        consumed cannot be skipped again."""
+        self._skipped = (positions.stdin.position or 0) if positions else 0
+        if self.stdin == "pipe":
+            self._open_source(self._skipped)
 
-        Raises HpccrError if input that was consumed cannot be skipped again.
-        """
+    async def cut_back(self, positions: Positions | None) -> None:
+        """Before the job that was started (None) or restored writes anything: put the output files back to where they
+        were then. At the latest possible moment, as long as another checkpoint may be restored instead. Returns when
+        that is done."""
         targets = (positions.stdout, positions.stderr) if positions else self.began
         for number, target in zip((1, 2), targets, strict=True):
             if number == 1 or not self.merged:
@@ -199,9 +222,7 @@ class Streams:
                 "the job's output goes to a pipe or a terminal: what it wrote after the checkpoint cannot be taken "
                 "back, and comes again"
             )
-        self._skipped = (positions.stdin.position or 0) if positions else 0
-        if self.stdin == "pipe":
-            self._open_source(self._skipped)
+        await self.written()
 
     def _open_source(self, consumed: int) -> None:
         if self._source is None:
@@ -233,17 +254,39 @@ class Streams:
         if self._source is not None:
             self._source.taken(count)
 
+    async def written(self) -> str:
+        """Returns when all output so far is in the regular files that it goes to; or why it cannot be written now."""
+        marks = [asyncio.ensure_future(sink.mark()) for sink in set(self._sinks.values()) if sink.regular]
+        while marks:
+            _, waiting = await asyncio.wait(marks, timeout=LOOK)
+            if not waiting or self.trouble:
+                break
+        return self.trouble
+
     async def positions(self, stdin_consumed: int) -> Positions:
-        """Where the streams are, all output so far included. stdin_consumed: see wire.messages.Frozen."""
+        """Where the streams are, all output so far included, which a loss of power does not take any more then.
+        stdin_consumed: see wire.messages.Frozen."""
         consumed = self._skipped + stdin_consumed
         stdout, stderr = await asyncio.gather(self._sinks[1].mark(), self._sinks[2].mark())
+        await self._sync()
         return Positions(Stream(consumed), stdout, stderr)
+
+    async def _sync(self) -> None:
+        """Not worth a checkpoint if it fails or takes too long, or one would be lost for a loss that may never come."""
+        syncing = [asyncio.ensure_future(asyncio.to_thread(sink.sync)) for sink in set(self._sinks.values())]
+        done, late = await asyncio.wait(syncing, timeout=SYNC)
+        for why in {task.result() for task in done} | ({f"it takes more than {SYNC:.0f} s"} if late else set()):
+            if why:
+                self._warn(
+                    f"the job's output cannot be brought to its disk ({why}): should this node lose power, lines from "
+                    "before the checkpoint may be missing"
+                )
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Where the regular files behind stdout and stderr are, as far as they have a name."""
-        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2) if is_regular(fd)]
-        return tuple(dict.fromkeys(link for link in links if link.startswith("/")))
+        """Where the regular files behind stdout and stderr are, as far as they have a name; and those of the batch
+        script, which may have given the job others (`hpccr run ... > file`) and goes on writing to its own."""
+        return tuple(dict.fromkeys((*outputs("self"), *self._parents)))
 
     @property
     def trouble(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Sequence
 
 from hpccr.errors import UnsupportedError, UsageError
 from hpccr.noded.channel import Descriptors
@@ -15,6 +16,8 @@ MAX_CAPSULES = 4096
 """Of a step: more than their names and addresses fit into a packet to capsule init for."""
 MAX_VARIABLES = 16384
 """Of a job's environment: each takes hpccrd twenty times the memory that a short one takes in the request."""
+MAX_EXCLUDED = 64
+"""Paths of a run's own: a store and a few output files."""
 _SECRET = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -62,6 +65,16 @@ def check_directory(directory: str) -> str:
     if not directory.startswith("/") or "\0" in directory or len(directory) > MAX_PATH:
         raise UsageError(f"the store directory {directory[:100]!r} is not an absolute path")
     return directory
+
+
+def check_excluded(paths: Sequence[bytes]) -> None:
+    """What is not the job's of its files; only a helper with the user's ids compares names with these. Raises
+    UsageError."""
+    if len(paths) > MAX_EXCLUDED:
+        raise UsageError(f"{len(paths)} paths are excluded from the job's files, more than {MAX_EXCLUDED}")
+    for path in paths:
+        if not path.startswith(b"/") or b"\0" in path or len(path) > MAX_PATH:
+            raise UsageError(f"the excluded {path[:100]!r} is not an absolute path")
 
 
 def check_signal(signum: int) -> bool:

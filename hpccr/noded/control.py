@@ -169,9 +169,10 @@ class InitDumped(Message, frozen=True):
 
 class InitRollBack(Message, frozen=True):
     """Put the job's files back, as the user. Descriptors: the spool directory. Reply: RolledBack; or Failed naming the
-    file. May be repeated: each file is in its old or in its new state."""
+    file. May be repeated: each file is in its old or in its new state. excluded: as in messages.RollBack."""
 
     image: CapsuleImage
+    excluded: tuple[bytes, ...] = ()
 
 
 class InitRestore(Message, frozen=True):

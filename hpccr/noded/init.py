@@ -275,7 +275,9 @@ class Init:
     async def _roll_back(self, request: InitRollBack, fds: list[int]) -> Message:
         if self._capsule.root:
             raise HpccrError("the capsule has its job already")
-        return RolledBack(await jobfiles.roll_back(self._capsule, fds[0]) if request.image.files else 0)
+        if not request.image.files:
+            return RolledBack(0)
+        return RolledBack(await jobfiles.roll_back(self._capsule, fds[0], request.excluded))
 
     async def _restore(self, request: InitRestore, fds: list[int]) -> Message:
         if self._capsule.root:

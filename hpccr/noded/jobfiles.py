@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -318,14 +318,15 @@ async def _with_list(home: Capsule, directory: int, work: Callable[[int], None])
         os.close(fd)
 
 
-async def roll_back(home: Capsule, directory: int) -> int:
-    """Put the files of a fetched fragment back; how many were not as they were. Raises HpccrError naming a file."""
+async def roll_back(home: Capsule, directory: int, excluded: Sequence[bytes]) -> int:
+    """Put the files of a fetched fragment back; how many were not as they were. excluded: FileRules.excluded of the run
+    that is about to begin. Raises HpccrError naming a file."""
     fds: list[int] = []
     try:
         for name in (FILES_LIST, FILES_DATA):
             fds.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
         own = home.network.own if home.network is not None else 0
-        work = lambda: rollback.roll_back(fds[0], fds[1], own)  # noqa: E731
+        work = lambda: rollback.roll_back(fds[0], fds[1], own, map(os.fsdecode, excluded))  # noqa: E731
         return int(await child.work(home.reaper, work, identity=home.identity, keep=fds))
     except FileNotFoundError as error:
         raise HpccrError(f"the checkpoint has no {error.filename}: it was made by another version of hpccr") from None

@@ -17,7 +17,7 @@ import msgspec
 import hpccr
 from hpccr.errors import HpccrError, PeerLostError, UsageError
 from hpccr.noded import addresses, compatible, control, leftovers, lifecycle, network, peer, probe
-from hpccr.noded.admission import check_command, check_create, check_stdio
+from hpccr.noded.admission import check_command, check_create, check_excluded, check_stdio
 from hpccr.noded.channel import Descriptors
 from hpccr.noded.images import Dumping, Images
 from hpccr.noded.initlink import Init
@@ -116,7 +116,7 @@ class Lease:
             case m.Fetch():
                 return await self._do_fetch(request)
             case m.RollBack():
-                return await self._do_roll_back()
+                return await self._do_roll_back(request)
             case m.Restore():
                 return await self._do_restore(request, descriptors)
             case m.Resume():
@@ -271,12 +271,13 @@ class Lease:
         self._fetched = finished, directory
         return m.Fetched()
 
-    async def _do_roll_back(self) -> m.RolledBack:
+    async def _do_roll_back(self, request: m.RollBack) -> m.RolledBack:
+        check_excluded(request.excluded)
         finished, fetched = present(self._fetched)
         directory = fetched.open()
         try:
             return await self._the_init.request(
-                control.InitRollBack(image=present(finished.image)),
+                control.InitRollBack(image=present(finished.image), excluded=request.excluded),
                 m.RolledBack,
                 timeout=self._node.config.checkpoint.restore_timeout + MARGIN,
                 descriptors=[directory],

@@ -4,7 +4,8 @@ Two stages. First everything that differs is written beside its place under a te
 touched: if that fails the files are as they were found. Then names are exchanged. A crash in between leaves each file
 in its old or in its new state, and the next rollback finishes the work. Only what cannot be replaced is written in
 place: a file with several names, of another owner, in a directory where the user cannot make files, or one that
-programs know by its inode (SQLite). There, too, the next rollback finishes the work.
+programs know by its inode (SQLite), or that this run has open already (its output). There, too, the next rollback
+finishes the work.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ import msgspec
 from hpccr.errors import CorruptError, HpccrError
 from hpccr.model import ReadFile, SavedFile, SavedFiles
 from hpccr.noded.contents import CHUNK, data_ranges
+from hpccr.noded.scan import below
 from hpccr.noded.snapshot import TEMPORARY, attributes, walk
 
 _MAX_NAME = 255
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def roll_back(list_fd: int, data_fd: int, capsule: int) -> int:
+def roll_back(list_fd: int, data_fd: int, capsule: int, excluded: Iterable[str] = ()) -> int:
     """Put everything back; how many names were not as they were. Two capsules may put the same file back at the same
-    time. Raises HpccrError naming the file."""
-    return _Rollback(_read(list_fd), data_fd, capsule).run()
+    time. excluded: what this run and its script write, which may be elsewhere than at the checkpoint. Raises HpccrError
+    naming the file."""
+    return _Rollback(_read(list_fd), data_fd, capsule, frozenset(excluded)).run()
 
 
 def link(list_fd: int) -> None:
@@ -89,8 +92,16 @@ def _read(list_fd: int) -> SavedFiles:
 
 
 class _Rollback:
-    def __init__(self, saved: SavedFiles, data_fd: int, capsule: int) -> None:
+    def __init__(self, saved: SavedFiles, data_fd: int, capsule: int, now: frozenset[str]) -> None:
+        """now: what is excluded now; saved.excluded: what was at the checkpoint."""
         self._saved = saved
+        self._now = now
+        self._excluded = {os.fsdecode(path) for path in saved.excluded} | now
+        trees = [os.fsdecode(tree) for tree in saved.trees]
+        self._spared = [path for path in now - {os.fsdecode(path) for path in saved.excluded} if below(path, trees)]
+        """Of the trees then, and not any more: what is there stays. In a tree of the checkpoint's `excluded` only those
+        files are saved that a task had open."""
+        self._holding = {parent for path in now for parent in _parents(path)}
         self._data = data_fd
         self._suffix = f".{capsule}{TEMPORARY}"
         self._temporary: list[str] = []
@@ -107,11 +118,12 @@ class _Rollback:
         """Files that have become one since: each of them gets one of its own again."""
 
     def run(self) -> int:
-        directories = [file for file in self._saved.files if stat.S_ISDIR(file.mode)]
+        files = [file for file in self._saved.files if not below(os.fsdecode(file.path), self._spared)]
+        directories = [file for file in files if stat.S_ISDIR(file.mode)]
         try:
             for file in directories:
                 self._make_directory(file)
-            for file in self._saved.files:
+            for file in files:
                 with _named(file):
                     self._plan(file)
         except BaseException:
@@ -161,6 +173,11 @@ class _Rollback:
         if kind == stat.S_IFDIR:
             return
         status = _status(path)
+        if status is not None and stat.S_ISDIR(status.st_mode) and path in self._holding:
+            raise HpccrError(
+                f"cannot put {path} back as it was at the checkpoint: this run's output or store is in it",
+                hint="let them be somewhere else",
+            )
         if kind == 0:
             if status is not None:
                 self._do(path, lambda: _remove(path))
@@ -244,7 +261,9 @@ class _Rollback:
         self._then.append(lambda: self._set_attributes(file))
 
     def _replaceable(self, status: os.stat_result, file: SavedFile) -> bool:
-        return not file.keep and status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
+        # An output file is listed if the job itself had it open; hpccr, or the script, goes on writing to it.
+        keep = file.keep or os.fsdecode(file.path) in self._now
+        return not keep and status.st_nlink == 1 and status.st_uid == os.geteuid() == file.uid
 
     def _beside(self, path: str) -> str:
         """A temporary name in the same directory, free to use; the same after a crash, so that nothing piles up."""
@@ -278,8 +297,8 @@ class _Rollback:
                     return ""  # left for the cleaning up: in place the group stays
             os.ftruncate(fd, file.size)
             self._write_extents(fd, file)
+            _set_xattrs(fd, file)  # while its owner may write to it: user.* takes that
             os.fchmod(fd, stat.S_IMODE(file.mode))
-            _set_xattrs(fd, file)
             os.utime(fd, ns=(file.mtime, file.mtime))
             os.fsync(fd)
         finally:
@@ -331,7 +350,10 @@ class _Rollback:
         """Mode, times and extended attributes of something that is there. Only its owner can, and for others they have
         not changed."""
         path = os.fsdecode(file.path)
-        _set_xattrs(path, file)
+        if attributes(path) != file.xattrs:
+            with suppress(PermissionError):
+                os.chmod(path, stat.S_IMODE(file.mode) | stat.S_IWUSR)  # which user.* takes
+            _set_xattrs(path, file)
         status = os.stat(path, follow_symlinks=False)
         if status.st_mode != file.mode:
             os.chmod(path, stat.S_IMODE(file.mode))
@@ -342,15 +364,14 @@ class _Rollback:
     def _remove_later_names(self) -> None:
         """In the trees: what has been made since."""
         known = {os.fsdecode(file.path) for file in self._saved.files if file.mode}
-        excluded = {os.fsdecode(path) for path in self._saved.excluded}
+        # What holds something that is excluded stays too.
+        kept = known | {parent for path in self._excluded for parent in _parents(path)}
         for tree in self._saved.trees:
-            # What holds something that is excluded stays too.
-            kept = known | {parent for path in excluded for parent in _parents(path)}
-            found = walk(os.fsdecode(tree), excluded.__contains__, _raise)
+            found = walk(os.fsdecode(tree), self._excluded.__contains__, _raise)
             for path, status in reversed([*found]):
                 # The temporary files of another capsule's rollback are still wanted.
                 foreign = path.endswith(TEMPORARY) and not path.endswith(self._suffix)
-                if path in kept or foreign or stat.S_ISSOCK(status.st_mode):
+                if path in kept or foreign or stat.S_ISSOCK(status.st_mode) or below(path, self._spared):
                     continue
                 _remove(path)
                 self._changed += 1
@@ -466,15 +487,16 @@ def _inodes_of_several(saved: SavedFiles) -> set[tuple[int, int]]:
 def _set_xattrs(where: int | str, file: SavedFile) -> None:
     """As far as the file system knows them and the user may: those that were there, and no others."""
     now = attributes(where)
-    try:
-        for name in now.keys() - file.xattrs.keys():
-            os.removexattr(where, name)
-        for name, value in file.xattrs.items():
-            if now.get(name) != value:
+    for name in now.keys() | file.xattrs.keys():
+        value = file.xattrs.get(name)
+        try:
+            if value is None:
+                os.removexattr(where, name)
+            elif now.get(name) != value:
                 os.setxattr(where, name, value)
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA):
-            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA):
+                raise
 
 
 def _zeros(fd: int, begin: int, end: int) -> bool:

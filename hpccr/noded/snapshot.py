@@ -113,9 +113,13 @@ def measure(request: Request) -> int:
             continue
         fd, status = _open_wanted(file)
         if fd >= 0:
-            os.close(fd)
-            if not _only_cut(file, status, request.limit):
-                total += room(file.path, status)
+            try:
+                if _only_cut(file, status, request):
+                    _sync(fd, file.path)  # the most of it, so that little is left when everything stands still
+                else:
+                    total += room(file.path, status)
+            finally:
+                os.close(fd)
     seen = {file.path for file in request.files}
     for path, status in _trees(request):
         if stat.S_ISREG(status.st_mode) and path not in seen:
@@ -215,12 +219,21 @@ def _open_wanted(file: Wanted) -> tuple[int, os.stat_result]:
     return fd, status
 
 
-def _only_cut(file: Wanted, status: os.stat_result, limit: int) -> bool:
-    """Whether the content is left where it is. What is appended only stays as it was, as far as anybody can tell."""
-    if file.append and status.st_size > limit:
+def _only_cut(file: Wanted, status: os.stat_result, request: Request) -> bool:
+    """Whether the content is left where it is. What is appended only stays as it was, as far as anybody can tell; but
+    the job's output, which others append to as well, is cut back first to where theirs ended."""
+    if file.append and status.st_size > request.limit and file.path not in request.excluded:
         return True
-    _check_size(file.path, status, limit)
+    _check_size(file.path, status, request.limit)
     return False
+
+
+def _sync(fd: int, path: str) -> None:
+    """A checkpoint that has only the size of a file counts on its content, also after a loss of power."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise HpccrError(f"{path} cannot be brought to its disk: {error.strerror}") from None
 
 
 def _check_size(path: str, status: os.stat_result, limit: int) -> None:
@@ -309,7 +322,8 @@ class _Saving:
             self._found[file.path] = _entry(file.path, status, extents=None)
             return
         try:
-            if _only_cut(file, status, self._request.limit):
+            if _only_cut(file, status, self._request):
+                _sync(fd, file.path)
                 self._found[file.path] = _entry(file.path, status, extents=None, fd=fd)
                 self._remember(file.path, status)
                 return

@@ -31,11 +31,13 @@ class Abandoned(msgspec.Struct, frozen=True):
 
 
 def go_on(step: Step, source: int) -> list[int]:
-    """Before a job runs on from checkpoint `source` of the step, 0 for its beginning: mark all that come after it.
+    """Before the job's files become those of checkpoint `source` of the step (0: before it begins anew): mark all that
+    come after it.
 
     Gives the numbers of those that were not marked before. Raises OSError."""
     marked = []
-    for checkpoint in step.checkpoints():
+    # The newest is the last: should this be cut short, it is still the one that the files are of.
+    for checkpoint in reversed(step.checkpoints()):
         mark = checkpoint.path / ABANDONED_NAME
         if checkpoint.sequence > source and not mark.exists():
             try:

@@ -192,7 +192,12 @@ class Fetch(Message, frozen=True):
 
 
 class RollBack(Message, frozen=True):
-    """Put the files of the fetched fragment back, once all capsules have theirs. Reply: RolledBack."""
+    """Put the files of the fetched fragment back, once all capsules have theirs. Reply: RolledBack.
+
+    excluded: FileRules.excluded of this run, whose output and store may be elsewhere than at the checkpoint.
+    """
+
+    excluded: tuple[bytes, ...] = ()
 
 
 class Restore(Message, frozen=True):

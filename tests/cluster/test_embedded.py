@@ -115,6 +115,69 @@ def test_checkpoint_stop_and_restore(machine: Machine, workloads: Workloads, lib
     assert out.read_text() == (machine.place / "out-twin.txt").read_text()
 
 
+COUNT = """\
+for number in $(seq 1 30); do
+    while [ $number = 10 ] && [ ! -e more ]; do sleep 0.1; done
+    while [ $number = 20 ] && [ ! -e gate ]; do sleep 0.1; done
+    echo out $number; echo err $number >&2; sleep 0.01
+done
+"""
+
+
+def test_the_output_of_a_restored_job_goes_into_its_directory(machine: Machine) -> None:
+    """Which is put back: to a file that was not there at the checkpoint, and to one that was and was not the job's
+    output. Each run writes to its own."""
+    tree = machine.place / "tree"
+    tree.mkdir()
+    (tree / "count").write_text(COUNT)
+    (tree / "more").touch()
+    (tree / "results").write_text("of another program\n" * 100)
+    first = machine.start("sh -c 'cd /root/tree && exec hpccr run --files=. bash count > out.1 2> err.1'")
+    name = machine.job()
+    wait_for("output", lambda: (tree / "err.1").exists() and "19" in (tree / "err.1").read_text())
+    machine.check("hpccr", "requeue", name)
+    assert ended(first) == 0
+    second = machine.start(f"sh -c 'cd /root/tree && exec hpccr restore {name} > out.2 2> results'")
+    assert machine.job() == name
+    (tree / "gate").touch()
+    assert ended(second) == 0
+    said = {path.name: path.read_text().splitlines() for path in tree.glob("*")}
+    for what, one, two in (("out", "out.1", "out.2"), ("err", "err.1", "results")):
+        assert said[one] == [f"{what} {number}" for number in range(1, 20)]
+        assert [line for line in said[two] if what in line] == [f"{what} {number}" for number in range(20, 31)]
+
+
+def test_a_restore_that_comes_to_nothing_costs_no_output(machine: Machine) -> None:
+    """Its images cannot be read; once they are there again, what was written since is taken back."""
+    tree, out = machine.place / "tree", machine.place / "out.txt"
+    tree.mkdir()
+    (tree / "count").write_text(COUNT)
+    first = machine.start("sh -c 'cd /root/tree && exec hpccr run bash count >> /root/out.txt 2> /dev/null'")
+    name = machine.job()
+    wait_for("output", lambda: out.exists() and "out 9\n" in out.read_text())
+    machine.check("hpccr", "checkpoint", "--wait", name)
+    (tree / "more").touch()
+    wait_for("more output", lambda: "out 19\n" in out.read_text())
+    (coordinator,) = machine.cluster.pids(NODE, r"bin/hpccr run bash count *$")
+    os.kill(coordinator, signal.SIGKILL)
+    assert ended(first) != 0
+    (machine.step(name) / "endpoint.json").unlink()
+    before = out.read_text()
+    checkpoint = machine.step(name) / "ckpt-000001"
+    (pack,) = (checkpoint / "capsule-0").glob("*.pack")
+    away = pack.rename(checkpoint / "away")
+    restore = f"sh -c 'cd /root/tree && exec hpccr restore {name} >> /root/out.txt 2> /root/out-errors.txt'"
+    assert ended(machine.start(restore)) == 12, (machine.place / "out-errors.txt").read_text()
+    assert out.read_text() == before
+    away.rename(pack)
+    (checkpoint / "damaged.json").unlink(missing_ok=True)
+    again = machine.start(restore)
+    machine.job()
+    (tree / "gate").touch()
+    assert ended(again) == 0
+    assert out.read_text() == "".join(f"out {number}\n" for number in range(1, 31))
+
+
 def test_exit_code_and_no_leftovers_of_a_killed_one(machine: Machine) -> None:
     assert machine.shell("hpccr run sh -c 'exit 3'").returncode == 3
     assert machine.shell("hpccr run sh -c 'echo lost; exit 3' >&-").returncode == 3

@@ -84,6 +84,61 @@ def test_files_are_those_of_an_undisturbed_run(jobs: Jobs, cluster: Cluster, wor
         assert [path for path in found if found[path] != expected[path]] == []
 
 
+# --- beside the job ---------------------------------------------------------------------------------------------------
+
+NUMBERS = "number=0; until [ -e gate ]; do number=$((number + 1)); echo $number; sleep 0.02; done"
+
+
+def test_what_the_script_writes_beside_the_job(jobs: Jobs, cluster: Cluster) -> None:
+    """Its own output is in a directory of --files and the job's is another file: nobody takes anything of it back."""
+    beside = "(until [ -e beside ]; do sleep 0.1; done; echo said meanwhile) & said=$!"
+    command = f"hpccr run --files=. bash -c '{NUMBERS}' > numbers.txt 2>&1"
+    script = f"echo begin; {beside}\n{command}\nwait $said; echo end"
+    job = jobs.sbatch(script, ["--open-mode=append"], nodes=2, tasks=2)
+    job.wait_event("started")
+    job.checkpoint()
+    cluster.write(job.directory / "beside", "", job.user)
+    job.wait_output("said meanwhile\n")
+    lose_a_part(job, cluster)
+    cluster.write(job.directory / "gate", "", job.user)
+    job.wait_success()
+    assert job.said() == "begin\nsaid meanwhile\nend\n"
+    numbers = (job.directory / "numbers.txt").read_text().split()
+    assert numbers == [str(number + 1) for number in range(len(numbers))] and numbers
+
+
+APPENDER = """\
+import os, time
+
+def wait(condition):
+    while not condition():
+        time.sleep(0.02)
+
+own = open("out.txt", "a", buffering=1)
+for number in range(1, 61):
+    for held, gate in ((21, "more"), (41, "gate")):
+        wait(lambda: number != held or os.path.exists(gate))
+    print("printed", number, flush=True)
+    wait(lambda: f"printed {number}\\n" in open("out.txt").read())
+    print("appended", number, file=own)
+"""
+
+
+def test_a_job_that_appends_to_its_own_output(jobs: Jobs, cluster: Cluster) -> None:
+    """What it wrote last before the checkpoint comes back, and all that it prints afterwards is in the file."""
+    job = jobs.submit("python3 appender.py", tasks=2, files={"appender.py": APPENDER})
+    job.wait_output("appended 20\n")
+    job.checkpoint()
+    cluster.write(job.directory / "more", "", job.user)
+    job.wait_output("appended 40\n")
+    lose_a_part(job, cluster)
+    job.wait_output("appended 40\n")
+    job.requeue()
+    job.open_gate()
+    job.wait_success()
+    assert job.said() == "".join(f"printed {number}\nappended {number}\n" for number in range(1, 61))
+
+
 # --- killed in a rollback ---------------------------------------------------------------------------------------------
 
 BLOCKS = 128

@@ -14,8 +14,9 @@ SOAK = os.environ.get("HPCCR_SOAK") == "1"
 SEED = int(os.environ.get("HPCCR_SEED") or (random.SystemRandom().randrange(1, 1 << 31) if SOAK else 20261125))
 """Of all that is left to chance: the short form does the same in every run, the long one something else each time."""
 
-settings.register_profile("short", derandomize=True)
-settings.register_profile("long", derandomize=False, print_blob=True)
+# No deadline: the machine may stand still for a while.
+settings.register_profile("short", derandomize=True, deadline=None)
+settings.register_profile("long", derandomize=False, print_blob=True, deadline=None)
 settings.load_profile("long" if SOAK else "short")
 
 # A shell ignores the first two for what it puts into the background, nohup the last, and programs inherit that: the

@@ -57,7 +57,7 @@ def test_what_the_job_did_not_go_on_from(step: Step) -> None:
     assert asyncio.run(Candidates(step, lambda text: None).exactly(2)).sequence == 2
     assert abandoned.go_on(step, 2) == [3] and newest(step) == 2
     # From the beginning: what there is left is no reason not to begin anew.
-    assert abandoned.go_on(step, 0) == [2, 1] and newest(step) is None
+    assert abandoned.go_on(step, 0) == [1, 2] and newest(step) is None
     assert step.checkpoint(1).state().abandoned == "the job began anew"
 
 

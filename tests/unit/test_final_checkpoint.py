@@ -44,8 +44,14 @@ class Silent:
 
     stdin, merged, paths, trouble = "null", True, (), ""
 
-    def begin(self, positions: Positions | None) -> list[str]:
-        return []
+    def begin(self, positions: Positions | None) -> None:
+        pass
+
+    async def cut_back(self, positions: Positions | None) -> None:
+        pass
+
+    async def written(self) -> str:
+        return ""
 
     def running(self) -> None:
         pass

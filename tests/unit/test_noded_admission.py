@@ -33,3 +33,10 @@ def test_an_environment_of_very_many_variables_is_refused() -> None:
     admission.check_command(start(admission.MAX_VARIABLES))
     with pytest.raises(UsageError, match="variables"):
         admission.check_command(start(admission.MAX_VARIABLES + 1))
+
+
+@pytest.mark.parametrize("paths", [(b"/x",) * 65, (b"relative",), (b"",), (b"/zero\0byte",), (b"/" + b"x" * 4096,)])
+def test_what_a_rollback_leaves_alone_is_a_few_absolute_paths(paths: tuple[bytes, ...]) -> None:
+    admission.check_excluded((b"/home/user/.hpccr", b"/home/user/slurm-17.out"))
+    with pytest.raises(UsageError, match="excluded"):
+        admission.check_excluded(paths)

@@ -171,7 +171,7 @@ def test_silence_between_frames_has_no_deadline() -> None:
     with_channel(body)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_garbage_is_a_frame_error_or_a_message(garbage: bytes) -> None:
     async def body(channel: FrameChannel, peer: socket.socket) -> None:
@@ -186,7 +186,7 @@ def test_garbage_is_a_frame_error_or_a_message(garbage: bytes) -> None:
     with_channel(body)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_a_garbage_body_is_a_frame_error(garbage: bytes) -> None:
     async def body(channel: FrameChannel, peer: socket.socket) -> None:
@@ -208,7 +208,7 @@ def test_deep_nesting_is_a_frame_error() -> None:
     with_channel(body)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=20), st.lists(st.integers(1, 50), min_size=1, max_size=20))
 def test_any_cutting_of_the_stream_gives_the_same_messages(numbers: list[int], cuts: list[int]) -> None:
     async def body(channel: FrameChannel, peer: socket.socket) -> None:

@@ -506,7 +506,7 @@ def test_a_flush_has_low_priorities() -> None:
     assert group in (10, 0)  # 0: there is such a file, but grouping is off
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200), st.integers(0, 1 << 30))
 def test_fetch_survives_any_bytes(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, number: int) -> None:
     with pytest.raises(HpccrError):

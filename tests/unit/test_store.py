@@ -205,7 +205,7 @@ def test_a_crash_at_any_point_loses_no_complete_checkpoint_and_makes_no_false_on
     assert done and call > 20
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.binary(max_size=300), st.binary(max_size=300), st.integers(0, 12))
 def test_a_replaced_file_is_the_old_or_the_new_one(
     tmp_path_factory: pytest.TempPathFactory, old: bytes, new: bytes, call: int

@@ -71,7 +71,7 @@ def test_what_is_damaged_does_not_go_out(step: Step, name: str) -> None:
         exported(step.checkpoint(2))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_archive_leaves_nothing(step: Step, tmp_path: Path, data: st.DataObject) -> None:
     whole = exported(step.checkpoint(2))

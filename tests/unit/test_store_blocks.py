@@ -127,7 +127,7 @@ def test_pages_that_moved_within_the_image_are_found_again(tmp_path: Path) -> No
 # --- writing and reading ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.dictionaries(
         st.from_regex(r"[a-z0-9]{1,8}\.img", fullmatch=True),

@@ -389,7 +389,7 @@ def test_damage_is_told_while_the_other_lanes_are_open(tmp_path: Path, damaged_o
             assert answer["t"] == "error" and answer["code"] == 12 and pack.name in answer["message"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), mode=st.sampled_from(["flush", "fetch"]))
 def test_any_bytes_end_in_an_error(data: bytes, mode: str) -> None:
     with thread(mode) as peer:

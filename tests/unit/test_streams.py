@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from hpccr.agent.stdio import WINDOW, JobPipes
 from hpccr.coordinator import sink as sink_module
 from hpccr.coordinator.sink import Sink
-from hpccr.coordinator.streams import Source, same_file, stdin_kind
+from hpccr.coordinator.streams import Source, outputs, same_file, stdin_kind
 from hpccr.model import Stream
 from hpccr.wire import messages as m
 
@@ -553,3 +555,87 @@ def test_a_stream_that_nobody_reads_gives_the_job_a_broken_pipe() -> None:
         job.pipes.close()
 
     asyncio.run(run())
+
+
+def test_the_files_that_another_process_writes(tmp_path: Path) -> None:
+    """As the batch script does while its `hpccr run` has other ones."""
+    with (tmp_path / "log").open("w") as log:
+        other = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.DEVNULL)
+    assert outputs(other.pid) == (str(tmp_path / "log"),)
+    other.communicate()
+    assert outputs(other.pid) == ()
+
+
+BEGINNING = """
+import asyncio, os, sys
+from pathlib import Path
+from hpccr.coordinator.streams import Positions, Streams
+from hpccr.model import Stream
+
+async def main():
+    nothing = lambda *what: None
+    streams = Streams(journal=Path(sys.argv[1]), began=None, taken=nothing, feed=nothing, warn=nothing, broken=nothing)
+    then = Positions(Stream(0), Stream(4, (), os.fstat(1).st_ino), Stream(None))
+    sizes = []
+    streams.begin(then)
+    await streams.positions(0)
+    sizes.append(os.fstat(1).st_size)
+    await streams.cut_back(then)
+    sizes.append(os.fstat(1).st_size)
+    print(*sizes, file=sys.stderr)
+
+asyncio.run(main())
+"""
+
+
+def test_output_is_cut_by_itself(tmp_path: Path) -> None:
+    """When a boot begins it is not certain which checkpoint it comes to restore."""
+    (tmp_path / "out").write_bytes(b"one\ntwo\n")
+    with (tmp_path / "out").open("ab") as out:
+        argv = [sys.executable, "-c", BEGINNING, str(tmp_path / "journal")]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, check=True)
+    assert done.stderr == b"8 4\n" and (tmp_path / "out").read_bytes() == b"one\n"
+
+
+SYNCING = """
+import asyncio, errno, os, sys, threading
+from pathlib import Path
+from hpccr.coordinator import streams as module
+from hpccr.coordinator.streams import Streams
+
+fdatasync, stuck, how = os.fdatasync, threading.Event(), ""
+
+def sync(fd):
+    if how == "fails":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    if how == "hangs":
+        stuck.wait()
+    print(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), os.fstat(fd).st_size, file=sys.stderr)
+    fdatasync(fd)
+
+os.fdatasync = sync
+
+async def main():
+    global how
+    nothing = lambda *what: None
+    warn = lambda text: print(text, file=sys.stderr)
+    streams = Streams(journal=Path(sys.argv[1]), began=None, taken=nothing, feed=nothing, warn=warn, broken=nothing)
+    streams.output(1, b"12345")
+    for how in ("", "fails", "hangs", "hangs"):
+        print("at", (await streams.positions(0)).stdout.position, file=sys.stderr)
+        module.SYNC = 0.1
+    stuck.set()
+    await streams.close()
+
+asyncio.run(main())
+"""
+
+
+def test_output_is_on_its_disk_before_a_checkpoint_says_how_long_it_is(tmp_path: Path) -> None:
+    """So is the copy of it. A disk that fails, or hangs, costs no checkpoint."""
+    with (tmp_path / "out").open("wb") as out:
+        argv = [sys.executable, "-c", SYNCING, str(tmp_path / "journal")]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, check=True, text=True)
+    lines = [line.split(" (")[-1].split(")")[0] for line in done.stderr.splitlines()]
+    assert lines[:3] == ["out 5", "journal.stdout 5", "at 5"]
+    assert lines[3:8] == [os.strerror(errno.EIO), "at 5", "it takes more than 0 s", "at 5", "the last time is not over"]
