@@ -11,8 +11,9 @@ from hpccr.cli.connect import LeftError
 from hpccr.cli.jobs import add_job_arguments, add_json_argument, find_step, job_of
 from hpccr.cli.output import print_json
 from hpccr.config import Config
-from hpccr.errors import HpccrError, UsageError
+from hpccr.errors import HpccrError, PeerLostError, UsageError, error_for
 from hpccr.slurm.query import JobInfo, JobQuery, job_query
+from hpccr.store.layout import Job, Step
 from hpccr.wire import messages as m
 
 POLL = 1.0
@@ -26,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         help="checkpoint a running job and put it back into the queue",
         description="Checkpoint a running job without a deadline, end it and put it back into Slurm's queue under the "
         "same job id. When it starts again, on whichever nodes, it goes on from that checkpoint. If the checkpoint "
-        "fails, the job goes on and is not requeued.",
+        "fails, the job goes on and is not requeued. Other steps of the job that are running are checkpointed first.",
     )
     add_job_arguments(parser)
     parser.add_argument(
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
     if args.now and step.key.cluster == "local":
         raise UsageError("--now is for Slurm's queue, and this job is not in one")
     before = job_of(step)
+    others = _save_others(step, args)
     left: LeftError | None = None
     try:
         reply = request(
@@ -64,10 +66,34 @@ def run(args: argparse.Namespace, config: Config) -> int:
     if args.now:
         start_now(job_query(), step.key.job)
     if args.json:
-        print_json(as_json(step, reply) | {"requeued": True})
+        saved = [as_json(other, made) for other, made in others]
+        print_json(as_json(step, reply) | {"requeued": True, "others": saved})
     else:
+        for other, made in others:
+            print(describe(other, made))
         print(describe(step, reply) + "; the job is requeued")
     return 0
+
+
+def _save_others(step: Step, args: argparse.Namespace) -> list[tuple[Step, m.CheckpointReply]]:
+    """Checkpoint what else of the job is running: the requeue ends that too. Raises HpccrError."""
+    saved = []
+    for other in Job(step.root, step.key.cluster, step.key.job).steps():
+        if other == step or not other.endpoint_path.exists():
+            continue
+        message = m.CheckpointRequest(requeue=False, wait=True, reason="requeue", quiesce=args.quiesce)
+        try:
+            saved.append((other, request(other, message, args)))
+        except HpccrError as error:
+            if not other.endpoint_path.exists():
+                continue  # it has ended meanwhile
+            gone = f"if it does not run any more, remove {other.endpoint_path}"
+            raise error_for(
+                error.code,
+                f"the job is not requeued, as step {other.key} would lose its work: {error.message}",
+                gone if isinstance(error, PeerLostError) else error.hint,
+            ) from None
+    return saved
 
 
 def start_now(query: JobQuery, job: str) -> None:

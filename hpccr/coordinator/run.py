@@ -41,10 +41,10 @@ from hpccr.coordinator.timekeeper import Timekeeper, failure_rate
 from hpccr.errors import CorruptError, ExitCode, HpccrError, SupersededError, UnsupportedError, encodable, error_for
 from hpccr.model import FORMAT, EndpointRecord, Manifest, StepRecord
 from hpccr.store import events
-from hpccr.store.layout import FINISHED, Step
+from hpccr.store.layout import FINISHED, Job, Step
 from hpccr.store.publish import publish, remove
 from hpccr.wire import messages as m
-from hpccr.wire.handshake import new_secret
+from hpccr.wire.handshake import HandshakeError, authenticate, new_secret
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,29 @@ OURS = {signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
 STILL = 10.0
 """Seconds after SIGTSTP at which whoever still runs is not being suspended: Slurm stops everything after 2."""
 
+ANSWER = 5.0
+"""Seconds for another step's coordinator to show that it is alive."""
+
 
 @dataclass(frozen=True)
 class Requeued:
     """The job was checkpointed, its tasks are dead, and it is to be started again elsewhere."""
+
+
+async def _answers(endpoint: EndpointRecord) -> bool:
+    """Whether that coordinator is alive."""
+    for host in endpoint.hosts:
+        try:
+            async with asyncio.timeout(ANSWER):
+                reader, writer = await asyncio.open_connection(host, endpoint.port)
+                try:
+                    await authenticate(reader, writer, endpoint.secret, server=False)
+                    return True
+                finally:
+                    writer.close()
+        except (OSError, HandshakeError):
+            continue
+    return False
 
 
 class Coordinator:
@@ -168,6 +187,7 @@ class Coordinator:
         try:
             publish(self._step.endpoint_path, endpoint)
             self._install_signals(loop)
+            self._spawn(self._look_for_others())
             code = await self._boots(command, capsules, endpoint)
             await self._streams.close()
             if code is None:
@@ -328,6 +348,17 @@ class Coordinator:
             return False
         self._loud(f"{error.message}; the job is requeued")
         return True
+
+    async def _look_for_others(self) -> None:
+        """Say so where another step of the job runs at the same time."""
+        job = Job(self._step.root, self._step.key.cluster, self._step.key.job)
+        for step in await asyncio.to_thread(job.steps):
+            endpoint = await asyncio.to_thread(step.endpoint) if step != self._step else None
+            if endpoint is not None and await _answers(endpoint):
+                self._loud(
+                    f"step {step.key.step} of the job runs at the same time: when one of them requeues the job, the "
+                    "other loses what it has done since its last checkpoint; one `hpccr run` of both saves both"
+                )
 
     async def _first_source(self, candidates: Candidates) -> Manifest | None:
         if self._sequence is not None:

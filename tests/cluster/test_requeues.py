@@ -45,3 +45,28 @@ def test_a_job_that_was_requeued_and_is_gone_on_with_in_another(jobs: Jobs) -> N
     job.open_gate()
     other.wait_success()
     assert len(job.events("restored")) == 2 and other.said().endswith("end\n")
+
+
+def test_two_at_once_in_one_job(jobs: Jobs) -> None:
+    """Neither goes back to its beginning when the job is requeued by way of the other."""
+    run = 'hpccr run sh -c "echo {0} begun; until [ -e gate ]; do sleep 0.1; done; echo {0} end" >> {0}.txt &'
+    # One after the other, in both runs of the job: which step each of them is, is decided by that.
+    turn = "until [ -e turn-${SLURM_RESTART_COUNT:-0} ]; do sleep 0.1; done"
+    job = jobs.sbatch(f"{run.format('a')} {turn}; {run.format('b')} wait", ["--requeue"])
+
+    def next_turn(restarts: int) -> None:
+        job.cluster.write(job.directory / f"turn-{restarts}", "", job.user)
+
+    a, b = job.directory / "a.txt", job.directory / "b.txt"
+    wait_for("the first one's output", lambda: a.exists() and a.read_text())
+    next_turn(0)
+    assert "step 0 of the job runs at the same time" in job.wait_event("warning", step=1)["text"]
+    wait_for("the second one's output", lambda: b.exists() and b.read_text())
+    said = job.hpccr_ok("requeue").splitlines()
+    assert [line.split(" is ")[0].rpartition("/")[2] for line in said] == ["0", "1"]
+    job.wait_event("restored", within=90)
+    next_turn(1)
+    job.wait_event("restored", step=1)
+    job.open_gate()
+    job.wait_success()
+    assert (a.read_text(), b.read_text()) == ("a begun\na end\n", "b begun\nb end\n")

@@ -479,6 +479,29 @@ def test_slurm_kills_the_coordinator_at_the_requeue_before_it_answers(
         assert shown.code == 14 and "ended before it answered" in shown.err
 
 
+def test_a_requeue_saves_all_that_runs_of_the_job(
+    hpccr: Call, step: Step, coordinator: Callable[..., Coordinator]
+) -> None:
+    other = Store.at(step.root).step(StepKey("tb", "17", "1"))
+    publish.make_directory(other.path)
+    first = coordinator(REPLY)
+    with Coordinator(other, [msgspec.structs.replace(REPLY, sequence=7)]) as second:
+        lines = hpccr("requeue", "17").out.splitlines()
+        assert lines[0].startswith("checkpoint 4 of tb-17/0") and lines[1].startswith("checkpoint 7 of tb-17/1")
+        assert first.requests == [m.CheckpointRequest(requeue=False, wait=True, reason="requeue")]
+        assert second.requests == [m.CheckpointRequest(requeue=True, wait=True, reason="requeue")]
+        (found,) = hpccr("requeue", "17", "--json").json["others"]
+        assert (found["step"], found["sequence"]) == ("0", 4)
+        # One that cannot be saved: nobody is asked to requeue the job.
+        first.answers[:] = [m.Failed(1, "no room", "make some", "node2")]
+        refused = hpccr("requeue", "17")
+        assert refused.code == 1 and "tb-17/0 would lose its work: node2: no room\nhint: make some" in refused.err
+        first.announce(new_secret())
+        refused = hpccr("requeue", "17")
+        assert refused.code == 14 and f"remove {step.endpoint_path}" in refused.err
+        assert len(second.requests) == 2
+
+
 def test_another_program_on_its_port(hpccr: Call, coordinator: Callable[..., Coordinator]) -> None:
     running = coordinator(REPLY)
     running.announce(new_secret())
