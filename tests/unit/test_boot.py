@@ -6,6 +6,7 @@ The capsules are scripted, as those of the final checkpoint.
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,7 +124,7 @@ def test_newer_checkpoints_are_marked_and_the_output_is_cut_before_any_file_is_t
     assert isinstance(outcome, plan.BootFailed) and outcome.phase is Phase.ROLLING_BACK
     assert capsule.seen[m.Fetch] == ([], 0) and capsule.seen[m.RollBack] == ([2], 1)
     assert events.count("abandoned") == 1
-    assert capsule.excluded == (str(step.path.parent.parent), PATH)
+    assert capsule.excluded == (os.fsencode(step.path.parent.parent), os.fsencode(PATH))
     outcome, capsule, events = boot(step, 1)
     assert outcome is None and not events.count("abandoned") and len(capsule.output.cuts) == 1
 
