@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import select
 import stat
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,13 +256,17 @@ class Streams:
         if self._source is not None:
             self._source.taken(count)
 
-    async def written(self) -> str:
-        """Returns when all output so far is in the regular files that it goes to; or why it cannot be written now."""
+    async def written(self, limit: float = math.inf) -> str:
+        """Returns when all output so far is in the regular files that it goes to; or why it cannot be written now, or
+        not within `limit` seconds."""
         marks = [asyncio.ensure_future(sink.mark()) for sink in set(self._sinks.values()) if sink.regular]
+        began = time.monotonic()
         while marks:
             _, waiting = await asyncio.wait(marks, timeout=LOOK)
             if not waiting or self.trouble:
                 break
+            if time.monotonic() - began > limit:
+                return f"it takes more than {limit:.0f} s"
         return self.trouble
 
     async def positions(self, stdin_consumed: int) -> Positions:

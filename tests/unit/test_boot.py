@@ -6,6 +6,7 @@ The capsules are scripted, as those of the final checkpoint.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from hpccr.config import Config
 from hpccr.coordinator import plan
 from hpccr.coordinator.plan import Phase
 from hpccr.coordinator.requests import Command
-from hpccr.coordinator.service import Boot
+from hpccr.coordinator.service import STILL, Boot
 from hpccr.coordinator.streams import Positions, Streams
 from hpccr.errors import ExitCode, HpccrError
 from hpccr.model import Manifest, StepKey
@@ -36,11 +37,13 @@ class Output(Silent):
     def __init__(self) -> None:
         self.cuts: list[Positions | None] = []
         self.waiting: list[asyncio.Future[str]] = []
+        self.limit = math.inf
 
     async def cut_back(self, positions: Positions | None) -> None:
         self.cuts.append(positions)
 
-    async def written(self) -> str:
+    async def written(self, limit: float = math.inf) -> str:
+        self.limit = limit
         self.waiting.append(asyncio.get_running_loop().create_future())
         return await self.waiting[-1]
 
@@ -54,7 +57,7 @@ class Restorable(Capsule):
         self.output = output
         self._step, self._fails = step, fails
         self.seen: dict[type[m.Message], tuple[list[int], int]] = {}
-        self.excluded: tuple[str, ...] = ()
+        self.excluded: tuple[bytes, ...] = ()
 
     def _answers(self, message: m.Message) -> list[m.Message]:
         marked = [one.sequence for one in self._step.checkpoints() if one.state().abandoned]
@@ -163,7 +166,7 @@ def test_a_dump_waits_until_the_output_is_written(step: Step) -> None:
             making = asyncio.create_task(made.checkpoint(kill=False, reason="command"))
             while not output.waiting:
                 await asyncio.sleep(0)
-            assert m.Dump not in capsule.seen
+            assert m.Dump not in capsule.seen and output.limit == STILL
             output.waiting.pop().set_result(trouble)
             if trouble:
                 with pytest.raises(HpccrError, match="No space"):

@@ -50,7 +50,7 @@ class Silent:
     async def cut_back(self, positions: Positions | None) -> None:
         pass
 
-    async def written(self) -> str:
+    async def written(self, limit: float = 0.0) -> str:
         return ""
 
     def running(self) -> None:
