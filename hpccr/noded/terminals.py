@@ -24,6 +24,8 @@ from hpccr.noded.capsule import Capsule
 _PLACE = "/dev/pts"
 _TIOCGPTN, _TIOCGPKT = 0x80045430, 0x80045438
 _CHUNK = 64 << 10
+_MOST = 1 << 20
+"""Bytes that can wait in a terminal, and then some: the user's processes outside the job may write to it meanwhile."""
 
 
 def _file(number: int) -> str:
@@ -74,7 +76,7 @@ def _read(master: int, found: dict[int, bytes]) -> None:
     (packets,) = struct.unpack("i", fcntl.ioctl(master, _TIOCGPKT, bytes(4)))
     data = found.setdefault(number, b"")
     with suppress(OSError):  # EIO, at the end
-        while state() & select.POLLIN and (piece := os.read(master, _CHUNK)):
+        while len(data) < _MOST and state() & select.POLLIN and (piece := os.read(master, _CHUNK)):
             # In packet mode a byte of the kernel's comes first: 0 says that data follow (ioctl_tty(2)).
             data += piece if not packets else piece[1:] if piece[0] == 0 else b""
             found[number] = data
