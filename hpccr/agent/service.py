@@ -33,7 +33,7 @@ def node_name(environ: dict[str, str] | os._Environ[str] = os.environ) -> str:
 async def connect(endpoint: EndpointRecord) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """An authenticated connection to the coordinator, tried by each of its names and addresses.
 
-    Raises PeerLostError naming what was tried.
+    Raises PeerLostError naming what was tried, HandshakeError.
     """
     failures = []
     for host in endpoint.hosts:
@@ -44,7 +44,11 @@ async def connect(endpoint: EndpointRecord) -> tuple[asyncio.StreamReader, async
             failures.append(f"{host}: {error or 'no answer in 10 s'}")
             continue
         enable_keepalive(writer)
-        await authenticate(reader, writer, endpoint.secret, server=False)
+        try:
+            await authenticate(reader, writer, endpoint.secret, server=False)
+        except HpccrError:
+            writer.close()
+            raise
         return reader, writer
     raise PeerLostError(f"cannot reach the coordinator on port {endpoint.port} ({'; '.join(failures)})")
 

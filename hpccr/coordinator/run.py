@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from hpccr.agent.service import connect
 from hpccr.capsule.root import NOT_PASSED
 from hpccr.capsule.spawn import shell_code
 from hpccr.config import Config
@@ -44,7 +45,7 @@ from hpccr.store import events
 from hpccr.store.layout import FINISHED, Job, Step
 from hpccr.store.publish import publish, remove
 from hpccr.wire import messages as m
-from hpccr.wire.handshake import HandshakeError, authenticate, new_secret
+from hpccr.wire.handshake import new_secret
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,6 @@ OURS = {signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
 STILL = 10.0
 """Seconds after SIGTSTP at which whoever still runs is not being suspended: Slurm stops everything after 2."""
 
-ANSWER = 5.0
-"""Seconds for another step's coordinator to show that it is alive."""
-
 
 @dataclass(frozen=True)
 class Requeued:
@@ -66,18 +64,12 @@ class Requeued:
 
 async def _answers(endpoint: EndpointRecord) -> bool:
     """Whether that coordinator is alive."""
-    for host in endpoint.hosts:
-        try:
-            async with asyncio.timeout(ANSWER):
-                reader, writer = await asyncio.open_connection(host, endpoint.port)
-                try:
-                    await authenticate(reader, writer, endpoint.secret, server=False)
-                    return True
-                finally:
-                    writer.close()
-        except (OSError, HandshakeError):
-            continue
-    return False
+    try:
+        _, writer = await connect(endpoint)
+    except HpccrError:
+        return False
+    writer.close()
+    return True
 
 
 class Coordinator:

@@ -43,7 +43,7 @@ HURRY = 5.0
 """Seconds for ranks to come to a safe point when Slurm is about to kill the job."""
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 """Signals that a command is expected to end by."""
-STILL = 5.0
+FROZEN_OUTPUT = 5.0
 """Seconds that a frozen job waits for its output to be written, which takes as long only where storage hangs."""
 EXIT_GRACE = 2.0
 """Seconds after a command's failure in which the loss of a capsule on a node that is there explains it: the job then
@@ -284,7 +284,7 @@ class Boot:
         attempt = self.state.attempt
         # The job stands still meanwhile. Nothing but its last checkpoint is worth that for long.
         final = attempt is not None and attempt.kill
-        trouble = await self._streams.written(math.inf if final else STILL)
+        trouble = await self._streams.written(math.inf if final else FROZEN_OUTPUT)
         if self.state.phase is Phase.DUMPING and self.state.attempt is attempt:
             if trouble:
                 self.feed(plan.Cancel(f"the job's output cannot be written: {trouble}"))

@@ -361,7 +361,7 @@ class Lease:
         timeout = self._node.config.checkpoint.dump_timeout + MARGIN
         # A small job may be dumped, or CRIU find the disk full, before the watch comes to its first look.
         if await asyncio.to_thread(self._node.spool.is_short):
-            raise HpccrError(f"the checkpoint was given up: {SPOOL_FULL}")
+            await self.abort(SPOOL_FULL)
         watch = asyncio.create_task(self._until_spool_is_short())
         answering = asyncio.create_task(self._checkpointing(request, control.InitDumped, timeout))
         try:

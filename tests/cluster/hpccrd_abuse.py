@@ -13,7 +13,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -358,28 +359,41 @@ async def foreign_mounts() -> None:
             await made.refused(create(step_key()), ExitCode.UNSUPPORTED, place)
 
 
+@contextmanager
+def filled(spool: str) -> Iterator[None]:
+    """There is no room in the spool in this block."""
+    filler = Path(spool, "filler")
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 120 << 20)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+async def goes_on(made: Capsule, spool: str) -> None:
+    """The job does without anything left of its checkpoint, and the next one works. The capsule is gone then."""
+    await echoes(made)
+    assert os.listdir(spool) == []
+    await checkpointed(made, sequence=2)
+    await made.expect(m.Destroy(), m.Destroyed)
+
+
 @case
 async def dump_without_room(spool: str) -> None:
     """Run by the case spool-fills."""
-    filler = Path(spool, "filler")
     async with capsule() as made:
         await running(made)
         await made.expect(m.Prepare(sequence=1, checkpoint="0" * 32), m.Prepared)
         await made.expect(m.Freeze(), m.Frozen)
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, 120 << 20)
-        await made.refused(m.Dump(), ExitCode.FAILED, "spool is full")
-        filler.unlink()
-        await echoes(made)
-        assert os.listdir(spool) == []
-        await checkpointed(made, sequence=2)
-        await made.expect(m.Destroy(), m.Destroyed)
+        with filled(spool):
+            await made.refused(m.Dump(), ExitCode.FAILED, "spool is full")
+        await goes_on(made, spool)
 
 
 @case
 async def room_goes_during_a_dump(spool: str) -> None:
     """Run by the case spool-fills. The dump is as long as it has to be: what tar writes of /tmp goes into a pipe."""
-    filler = Path(spool, "filler")
     async with capsule() as made:
         await running(made, job=("sh", "-c", f"head -c 1000000 /dev/urandom > /tmp/large; {WAIT[-1]}"))
         await made.expect(m.Prepare(sequence=1, checkpoint="0" * 32), m.Prepared)
@@ -390,16 +404,11 @@ async def room_goes_during_a_dump(spool: str) -> None:
         pipe = os.open(archive, os.O_RDWR)
         await made.lease.send(m.Dump())
         assert await asyncio.to_thread(select.select, [pipe], [], [], DEADLINE) == ([pipe], [], [])
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, 120 << 20)
-        failed = await made.expect_event(m.Failed)
-        assert "spool is full" in failed.message, failed
-        os.close(pipe)
-        filler.unlink()
-        await echoes(made)
-        assert os.listdir(spool) == []
-        await checkpointed(made, sequence=2)
-        await made.expect(m.Destroy(), m.Destroyed)
+        with filled(spool):
+            failed = await made.expect_event(m.Failed)
+            assert "spool is full" in failed.message, failed
+            os.close(pipe)
+        await goes_on(made, spool)
 
 
 @case

@@ -13,17 +13,17 @@ from typing import Any, cast
 
 import pytest
 from test_final_checkpoint import DEADLINE, Capsule, Silent
-from test_store import write
+from test_store import with_two_checkpoints
 
 from hpccr.config import Config
 from hpccr.coordinator import plan
 from hpccr.coordinator.plan import Phase
 from hpccr.coordinator.requests import Command
-from hpccr.coordinator.service import STILL, Boot
+from hpccr.coordinator.service import FROZEN_OUTPUT, Boot
 from hpccr.coordinator.streams import Positions, Streams
 from hpccr.errors import ExitCode, HpccrError
-from hpccr.model import Manifest, StepKey
-from hpccr.store.layout import Step, Store
+from hpccr.model import Manifest
+from hpccr.store.layout import Step
 from hpccr.wire import messages as m
 
 PATH = "/home/user/out.txt"
@@ -78,11 +78,7 @@ class Restorable(Capsule):
 
 @pytest.fixture
 def step(tmp_path: Path) -> Step:
-    """With two complete checkpoints of one capsule, 1 and 2."""
-    step = Store.at(tmp_path).step(StepKey("tb", "17", "0"))
-    for sequence in (1, 2):
-        write(step.checkpoint(sequence), capsules=1)
-    return step
+    return with_two_checkpoints(tmp_path)
 
 
 def made_boot(step: Step, capsule: Restorable, source: Manifest | None, events: list[str]) -> Boot:
@@ -166,7 +162,7 @@ def test_a_dump_waits_until_the_output_is_written(step: Step) -> None:
             making = asyncio.create_task(made.checkpoint(kill=False, reason="command"))
             while not output.waiting:
                 await asyncio.sleep(0)
-            assert m.Dump not in capsule.seen and output.limit == STILL
+            assert m.Dump not in capsule.seen and output.limit == FROZEN_OUTPUT
             output.waiting.pop().set_result(trouble)
             if trouble:
                 with pytest.raises(HpccrError, match="No space"):

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from test_store import write
+from test_store import with_two_checkpoints, write
 
 from hpccr.coordinator.candidates import Candidates
 from hpccr.coordinator.recovery import MAX_BOOTS
@@ -34,11 +34,7 @@ def test_the_last_run_owns_the_step(tmp_path: Path) -> None:
 
 @pytest.fixture
 def step(tmp_path: Path) -> Step:
-    """With two complete checkpoints of one capsule, 1 and 2."""
-    step = Store.at(tmp_path).step(StepKey("tb", "17", "0"))
-    for sequence in (1, 2):
-        write(step.checkpoint(sequence), capsules=1)
-    return step
+    return with_two_checkpoints(tmp_path)
 
 
 def newest(step: Step) -> int | None:

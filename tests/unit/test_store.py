@@ -115,6 +115,14 @@ def write(checkpoint: Checkpoint, capsules: int = 2) -> Checkpoint:
     return checkpoint
 
 
+def with_two_checkpoints(root: Path) -> Step:
+    """A step with two complete checkpoints of one capsule, 1 and 2."""
+    step = Store.at(root).step(StepKey("tb", "17", "0"))
+    for sequence in (1, 2):
+        write(step.checkpoint(sequence), capsules=1)
+    return step
+
+
 def record(state: str = "running", exit_code: int | None = None) -> StepRecord:
     return StepRecord(FORMAT, KEY, ("mpirun", "./app"), state, 1000.0, 2, ("node1", "node2"), exit_code=exit_code)
 
